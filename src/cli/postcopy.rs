@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ramwire::engine::{OnTimeout, PostcopyRule};
 use ramwire::session::{PostcopySettings, SourceSettings};
+use ramwire::transport::Address;
 use ramwire::units::Rate;
 
 use super::common::{bytes, seconds};
@@ -25,13 +26,17 @@ pub(super) struct PostcopyArgs {
     max_postcopy_bandwidth: u64,
 }
 
-/// Further connections of a postcopy.
+/// Further connections of a migration.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct ReconnectArgs {
-    /// With --postcopy: when the connection is lost behind the switch, connect again for so long (QEMU: migrate-recover
-    /// there); the guest runs there meanwhile, and nothing is lost. 0: the loss is the end
+    /// When the connection is lost, connect again for so long, and send only what has not arrived; the guest runs on
+    /// meanwhile. To a ramwire with --reconnect, without --channels; with --postcopy behind the switch only (QEMU:
+    /// migrate-recover there). 0: the loss is the end
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
     reconnect: Duration,
+    /// With --reconnect: another address of the same destination, tried in turn with the first; repeat for more
+    #[arg(long, value_name = "URI", requires = "reconnect")]
+    pub(super) fallback: Vec<Address>,
     /// With --postcopy: send pages that are waited for on a connection of their own (QEMU: capability postcopy-preempt, also
     /// at the destination). Not with --reconnect: a newer QEMU ends on a connection that comes before it has seen the loss
     #[arg(long, requires = "postcopy", conflicts_with = "reconnect")]
@@ -98,6 +103,7 @@ impl ReconnectArgs {
 
     /// Completes `settings`, whose postcopy is set.
     pub(super) fn apply(&self, settings: &mut SourceSettings) {
+        settings.reconnect_timeout = self.reconnect;
         if let Some(postcopy) = &mut settings.postcopy {
             postcopy.reconnect_timeout = self.reconnect;
             postcopy.preempt = self.postcopy_preempt;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use ramwire::engine::Ending;
 use ramwire::error::Remedy;
@@ -16,7 +17,9 @@ use ramwire::transport::{Address, AllowList, ConnectionOptions, CprListener, Lis
 use serde_json::json;
 
 use super::args::Exit;
-use super::common::{ChannelArgs, Timeouts, bytes, complain, failed, human_bytes, unix_path, uri_help};
+use super::common::{
+    ChannelArgs, Timeouts, bytes, complain, failed, human_bytes, seconds, unix_path, uri_help,
+};
 use super::metrics::MetricsArgs;
 use super::output::{note, result_line};
 use super::progress::Progress;
@@ -68,6 +71,10 @@ pub(super) struct Args {
     /// Refuse a guest with more RAM than this
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
+    /// When the connection is lost, keep what has arrived and wait so long for the source to connect again (a ramwire with
+    /// --reconnect, no --channels). 0: the loss is the end
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
+    reconnect: Duration,
     /// Print one JSON object instead of a report
     #[arg(long)]
     json: bool,
@@ -146,8 +153,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     options.channels = channels;
     let passed = args.cpr.as_deref().map(|path| passed_memory(path, &options.stream, &stop)).transpose()?;
     let connection = listener.accept_connection(&options, &stop)?;
-    // Only one migration: no other connection is accepted.
-    drop(listener);
+    // Only one migration: no other connection is accepted but further ones of its source.
+    let listener = Some(listener).filter(|_| !args.reconnect.is_zero());
     if connection.way.transport == "rdma" {
         guest = guest.written_by_nic()?;
     }
@@ -158,6 +165,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     settings.map_behind = false;
     settings.stall_timeout = args.timeouts.stall_timeout;
     settings.finish_timeout = args.timeouts.finish_timeout;
+    settings.reconnect_timeout = args.reconnect;
     settings.max_ram = args.max_ram;
     settings.accept_missing_description = true;
     let session = DestinationSession::new(
@@ -167,6 +175,13 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     )
     .with_statistics(statistics)
     .with_cancel(cancel);
+    let session = match listener {
+        Some(mut listener) => {
+            let options = options.stream;
+            session.with_next_connection(Box::new(move |stop: &Stop| listener.accept(&options, stop)))
+        }
+        None => session,
+    };
     // One session a process.
     let _ = canceller.set(session.canceller());
     let session = match passed {

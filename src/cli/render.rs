@@ -36,6 +36,20 @@ pub(super) fn statistics(now: &Statistics) -> String {
         parts.ready_ms,
         parts.handover_ms,
     );
+    if now.lost.count > 0 {
+        let _ = writeln!(
+            out,
+            "{} lost connections were replaced, or were to be; {} of pages ({} pages) went again for them",
+            now.lost.count,
+            human_bytes(now.lost.bytes_again),
+            now.lost.pages_again,
+        );
+        for lost in &now.lost.last {
+            let then =
+                lost.took_ms.map_or("not replaced".into(), |took| format!("replaced {took:.0} ms later"));
+            let _ = writeln!(out, "  at {:.0} ms, round {}: {}; {then}", lost.at_ms, lost.round, lost.why);
+        }
+    }
     let share = now.rounds.iter().map(|round| round.throttle_percent).max().unwrap_or(0);
     let rest = now.vcpu_rest_percentage;
     if share > 0 {

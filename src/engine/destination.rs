@@ -6,6 +6,10 @@
 //! memory is passed:  STATE_SENT -> [digests compared] -> READY -> COMMIT -> load -> resume -> RUNNING
 //! a QEMU source:     end of the device state -> load -> resume -> SHUT(0)
 //! postcopy:          package -> serve faults, load and resume meanwhile -> last page -> SHUT(0), received
+//! the connection lost, and the source may connect again:
+//!   before COMMIT:   wait -> RESUME -> receive again; the device state that came is of no use any more
+//!   behind READY:    wait -> RESUME, COMMIT was sent -> resume -> RUNNING
+//!   behind COMMIT:   wait -> RESUME, COMMIT was sent -> RUNNING
 //! ```
 //!
 //! # Orders that must hold
@@ -42,12 +46,17 @@ pub enum DestinationEvent {
 
     /// Answer: the current action is done.
     Done,
+    /// Answer: the source has connected again before the guest ran here.
+    Resumed {
+        /// It has handed the guest over, and asks whether it runs.
+        committed: bool,
+    },
     /// Answer: whether the guest runs here is not known. Its start broke off, and it could not be stopped again.
     MayRun,
 
     /// The current action failed, or the stream did.
     Failed,
-    /// The connection, or a page, is lost after the guest was started among missing pages.
+    /// The connection, or after the guest was started among missing pages a page, is lost.
     Lost,
     /// The time of [`wake_at`](DestinationEngine::wake_at) is there.
     Woken,
@@ -113,6 +122,8 @@ enum Phase {
     Listening,
     Filling,
     Recovering,
+    /// Without a connection, before the guest was reported to run here.
+    AwaitingSource,
     AwaitingGuest,
     SendingReady,
     AwaitingCommit,
@@ -140,6 +151,11 @@ pub struct DestinationEngine {
     memory_check: bool,
     committed: bool,
     recoverable: bool,
+    resumable: bool,
+    /// READY was sent, and the source has not taken back its guest since.
+    ready: bool,
+    /// The guest runs here, and came without postcopy.
+    runs: bool,
     /// All pages of a guest that runs here since a switch to postcopy have arrived.
     whole: bool,
     late_load: bool,
@@ -160,6 +176,9 @@ impl DestinationEngine {
             memory_check: false,
             committed: false,
             recoverable: false,
+            resumable: false,
+            ready: false,
+            runs: false,
             whole: false,
             late_load: false,
         }
@@ -168,6 +187,12 @@ impl DestinationEngine {
     /// Whether a lost connection may be followed by another, once the guest runs here among missing pages. May change.
     pub fn set_recoverable(&mut self, recoverable: bool) {
         self.recoverable = recoverable;
+    }
+
+    /// Whether a connection that is lost before the source knows that the guest runs here may be followed by another. May
+    /// change.
+    pub fn set_resumable(&mut self, resumable: bool) {
+        self.resumable = resumable;
     }
 
     /// Memory was passed by a ramwire source, and nothing may be written to it before COMMIT: the device state is loaded after
@@ -193,7 +218,7 @@ impl DestinationEngine {
 
     /// True while the source alone decides: READY was sent, or the guest was handed over.
     pub fn is_bound(&self) -> bool {
-        self.committed || matches!(self.phase, Phase::SendingReady | Phase::AwaitingCommit)
+        self.committed || self.ready && !self.has_failed()
     }
 
     /// The next thing to do. There is always one until the last was taken and not answered.
@@ -289,9 +314,11 @@ impl DestinationEngine {
             (Phase::Digesting, E::Done) => self.go(Phase::AwaitingDigests, A::Receive),
             (Phase::AwaitingDigests, E::Digests) => self.go(Phase::Comparing, A::CompareDigest),
             (Phase::Comparing, E::Done) => self.load_or_wait(),
-            (Phase::Loading, E::Done) if self.native && !self.committed => {
-                self.go(Phase::SendingReady, A::SendReady)
-            }
+            (phase, E::Lost) if self.outlives_loss(phase) => self.go(Phase::AwaitingSource, A::AwaitRecovery),
+            (Phase::AwaitingSource, E::Resumed { committed }) => self.resumed(committed),
+            // The source may never learn it.
+            (Phase::AwaitingSource, _) if self.runs => self.end(Ending::Running),
+            (Phase::Loading, E::Done) if self.native && !self.committed => self.send_ready(),
             (Phase::Loading, E::Done) => self.go(Phase::Resuming, A::Resume),
             (Phase::SendingReady, E::Done) => {
                 self.go(Phase::AwaitingCommit, A::Receive);
@@ -307,7 +334,10 @@ impl DestinationEngine {
             // A QEMU that receives a failure resumes its guest, and ours may run: report that the guest is here.
             (Phase::Resuming, E::MayRun) if !self.native => self.go(Phase::Keeping, A::SendRunning),
             (Phase::Keeping, _) => self.end(Ending::Stranded),
-            (Phase::Resuming, E::Done) => self.go(Phase::SendingRunning, A::SendRunning),
+            (Phase::Resuming, E::Done) => {
+                self.runs = true;
+                self.go(Phase::SendingRunning, A::SendRunning);
+            }
             (Phase::SendingRunning, E::Done) if self.memory_check && self.native => {
                 self.go(Phase::AwaitingMemoryCheck, A::AwaitMemoryCheck);
             }
@@ -321,8 +351,48 @@ impl DestinationEngine {
     /// Everything has arrived, as it was sent.
     fn load_or_wait(&mut self) {
         match self.late_load {
-            true => self.go(Phase::SendingReady, DestinationAction::SendReady),
+            true => self.send_ready(),
             false => self.go(Phase::Loading, DestinationAction::LoadState),
+        }
+    }
+
+    /// From here on the source alone decides.
+    fn send_ready(&mut self) {
+        self.ready = true;
+        self.go(Phase::SendingReady, DestinationAction::SendReady);
+    }
+
+    /// True if the source may connect again after the connection was lost in this phase.
+    fn outlives_loss(&self, phase: Phase) -> bool {
+        let lives = matches!(
+            phase,
+            Phase::Receiving
+                | Phase::Digesting
+                | Phase::AwaitingDigests
+                | Phase::SendingReady
+                | Phase::AwaitingCommit
+                | Phase::SendingRunning
+                | Phase::AwaitingSource
+        );
+        self.resumable && self.native && lives && !self.whole
+    }
+
+    /// The source has connected again. Without COMMIT its guest runs on there, and what follows is newer than the device
+    /// state here. With it the guest is ours, whether COMMIT itself came or not: only the newest connection is asked.
+    fn resumed(&mut self, committed: bool) {
+        match committed {
+            true if self.runs => self.go(Phase::SendingRunning, DestinationAction::SendRunning),
+            // A source that takes back what it has handed over.
+            false if self.runs => self.end(Ending::Running),
+            false if !self.committed => {
+                (self.ready, self.digests_here) = (false, false);
+                self.go(Phase::Receiving, DestinationAction::Receive);
+            }
+            true if self.ready && !self.committed => {
+                self.committed = true;
+                self.go(Phase::Resuming, DestinationAction::Resume);
+            }
+            _ => self.fail(),
         }
     }
 

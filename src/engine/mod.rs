@@ -17,6 +17,7 @@ mod page_cost;
 mod pager;
 mod progress;
 mod rate;
+mod reconnect;
 mod relay;
 mod release;
 mod snapshot;
@@ -43,6 +44,7 @@ pub use page_cost::PageCost;
 pub use pager::{FaultAnswer, HostPage, Pager, Waiter};
 pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
+pub(crate) use reconnect::{Agreement, Unconfirmed, is_equal};
 pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};
 pub(crate) use release::Release;
 #[cfg(test)]
@@ -52,7 +54,7 @@ pub use snapshot::{
     SnapshotFigures, SnapshotOutcome,
 };
 pub use source::{
-    AnswerTimeouts, OnTimeout, Overdue, PostcopyRule, SourceAction, SourceConfig, SourceEngine, SourceEvent,
-    Switchover, UrgentChannel, Waiting,
+    AnswerTimeouts, Lost, OnTimeout, Overdue, PostcopyRule, SourceAction, SourceConfig, SourceEngine,
+    SourceEvent, Switchover, UrgentChannel, Waiting,
 };
 pub use throttle::{Change, ThrottlePolicy, Throttler};

@@ -9,6 +9,10 @@
 //!   -> discards -> package without RUN -> COMMIT (RUN) -> [ send missing pages ]* -> taken -> end -> SHUT -> release
 //! the connection lost after RUN:
 //!   -> reconnect -> compare what was received -> resume -> [ send missing pages ]* ...
+//! the connection lost before COMMIT, between two ramwires:
+//!   [ -> guest runs on ] -> reconnect -> compare what was received -> sync -> ...
+//! the connection lost between COMMIT and RUNNING, between two ramwires:
+//!   -> reconnect -> ask -> RUNNING -> release
 //! ```
 //!
 //! A connection for urgent pages is made after the header and the first bytes of each further connection, or before the
@@ -21,7 +25,8 @@
 //! A failure or a cancel before COMMIT leads to [`SourceAction::RollBack`], which gives unsent pages back to the dirty
 //! map, stops logs and throttling and lets the guest continue. After COMMIT there is no way back: the guest never
 //! resumes here by itself, and a cancel is refused. Only a peer that reports that it has not started the guest gives it
-//! back.
+//! back. A connection that is lost before COMMIT and may be followed by another lets the guest continue as well, with its
+//! logs on.
 //!
 //! In postcopy the dirty pages are discarded before RUN, and the end is sent when no page is dirty and the peer has
 //! reported that it took the guest.
@@ -49,8 +54,12 @@ use crate::units::Rate;
 
 pub use config::{AnswerTimeouts, OnTimeout, PostcopyRule, SourceConfig, Switchover, UrgentChannel};
 use estimate::PagePath;
+pub use phase::Lost;
 use phase::{BehindUrgent, LateCancel, Phase, Round};
 pub use steps::{Overdue, SourceAction, SourceEvent, Waiting};
+
+/// How often a peer is asked on another connection whether the guest runs, because it did not say so in time.
+const MAX_ASKS: u32 = 3;
 
 /// The source's state machine.
 #[derive(Debug)]
@@ -69,6 +78,12 @@ pub struct SourceEngine {
     progress: Progress,
     overdue: Option<Overdue>,
     postcopy: postcopy::Switch,
+    /// The guest was asked to pause, and was not let run since.
+    paused: bool,
+    /// The peer waits for another connection where this one is lost.
+    resumable: bool,
+    /// How often a peer that does not say in time that the guest runs is asked on another connection.
+    asks: u32,
 }
 
 impl SourceEngine {
@@ -87,6 +102,9 @@ impl SourceEngine {
             progress: Progress::default(),
             overdue: None,
             postcopy: postcopy::Switch::default(),
+            paused: false,
+            resumable: false,
+            asks: MAX_ASKS,
         }
     }
 
@@ -235,7 +253,11 @@ impl SourceEngine {
             (Phase::Filling, E::Filled { pages_left }) => self.filled(now, pages_left),
             (Phase::EndingPostcopy, E::Done) => self.await_running(now),
             (
-                Phase::Reconnecting | Phase::AskingReceived | Phase::ComparingReceived | Phase::ResumingPages,
+                Phase::LettingRun
+                | Phase::Reconnecting(_)
+                | Phase::AskingReceived(_)
+                | Phase::ComparingReceived(_)
+                | Phase::ResumingPages,
                 E::Done,
             ) => self.recovered(now),
             (Phase::Draining, E::Done) => self.go(Phase::SendingState, A::SendState),
@@ -281,8 +303,12 @@ impl SourceEngine {
             _ if event == SourceEvent::Refused && self.refusal_gives_back() => {
                 self.go(Phase::RollingBack(Reason::Failed), SourceAction::RollBack);
             }
-            _ if event == SourceEvent::Lost && self.may_recover() => self.reconnect(),
-            _ => self.abandon(Reason::Failed),
+            _ => {
+                let goes_on = event == SourceEvent::Lost && self.lose_connection();
+                if !goes_on {
+                    self.abandon(Reason::Failed);
+                }
+            }
         }
     }
 
@@ -383,6 +409,7 @@ impl SourceEngine {
     }
 
     fn pause(&mut self) {
+        self.paused = true;
         self.go(Phase::Pausing, SourceAction::PauseGuest);
     }
 

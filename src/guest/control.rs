@@ -73,6 +73,12 @@ pub trait DeviceState {
     fn load(&mut self, _from: &mut dyn Read) -> io::Result<()> {
         Err(io::Error::new(io::ErrorKind::Unsupported, "this machine can't load a device state"))
     }
+
+    /// True if [`load`](Self::load) may be called again with another state, as long as the guest has not run: after a
+    /// connection that was lost between the two. `false`: such a loss ends the migration.
+    fn loads_again(&self) -> bool {
+        false
+    }
 }
 
 /// [`DeviceState::size`] of what `control` has.

@@ -74,4 +74,9 @@ impl DeviceState for TestMachine {
         self.0.locked().state = state;
         Ok(())
     }
+
+    /// A later state takes the place of this one.
+    fn loads_again(&self) -> bool {
+        true
+    }
 }

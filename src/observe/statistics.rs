@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{LatencySummary, PageWaits};
+use super::{LatencySummary, LostConnections, PageWaits};
 
 /// State of a migration, in QEMU's terms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +115,18 @@ impl DeltaCounts {
     /// Pages that were found in the cache, however they were sent.
     pub fn hits(&self) -> u64 {
         self.pages + self.unchanged + self.overflows
+    }
+
+    /// These, and then those of another connection, whose cache is the one in use.
+    pub(crate) fn followed_by(self, next: Self) -> Self {
+        Self {
+            cache_size: next.cache_size,
+            pages: self.pages + next.pages,
+            bytes: self.bytes + next.bytes,
+            unchanged: self.unchanged + next.unchanged,
+            cache_misses: self.cache_misses + next.cache_misses,
+            overflows: self.overflows + next.overflows,
+        }
     }
 
     /// The rates since `before`, among `pages` that were examined. None of either kind gives 0.
@@ -283,6 +295,8 @@ pub struct Statistics {
     /// How long a write to the peer's memory took from its post to its completion (RDMA); counted when a round closes.
     /// Queued writes wait for each other, so this is no round trip.
     pub write_latency: LatencySummary,
+    /// Connections that were lost and could be followed by another, before the guest ran at the destination. At a source.
+    pub lost: LostConnections,
     /// Why it failed.
     pub error: Option<String>,
     /// It is over: nothing changes any more.

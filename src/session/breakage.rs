@@ -87,6 +87,20 @@ pub(super) enum Breakage {
     EndUnheard,
     /// Order 6: the source resumes the guest when the connection is lost after the switch.
     ResumeAfterLoss,
+    /// After a lost connection before COMMIT the source takes the pages it has sent for received.
+    TrustUnconfirmed,
+    /// After a lost connection before COMMIT the source takes a page for received that it has sent in two rounds.
+    TrustLastRound,
+    /// After a lost connection before COMMIT no fence stands in front of the first page.
+    SkipResumeFence,
+    /// The destination places a page of the old connection after it has gone on over another.
+    PlaceFromOld,
+    /// The destination takes any connection of the source for the newest.
+    AdmitOld,
+    /// The destination keeps the device state that came before a lost connection.
+    KeepOldState,
+    /// The destination starts the guest when the source connects again behind READY.
+    StartWhenResumed,
     /// A relay over RDMA looks for the pages of the last round before it.
     ScanBeforeFinish,
     /// Order 7: memory is registered without the guest's promise not to discard it.
@@ -152,7 +166,20 @@ impl Breakage {
         Self::EndWithoutSource,
     ];
 
-    /// All but `None` and what only a relay does.
+    /// What the simulation of lost connections switches off.
+    #[cfg(test)]
+    pub(super) const OF_LOSSES: [Self; 8] = [
+        Self::TrustUnconfirmed,
+        Self::TrustLastRound,
+        Self::SkipResumeFence,
+        Self::PlaceFromOld,
+        Self::AdmitOld,
+        Self::KeepOldState,
+        Self::StartWhenResumed,
+        Self::ResumeAfterLoss,
+    ];
+
+    /// All but `None` and what only a relay, or a lost connection, does.
     #[cfg(test)]
     pub(super) const ALL: [Self; 32] = [
         Self::ReadBeforeProtect,

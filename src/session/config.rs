@@ -116,6 +116,13 @@ pub struct SourceSettings {
     pub stall_timeout: Duration,
     /// Without RUNNING for this long after COMMIT the outcome is in doubt; 60 s.
     pub finish_timeout: Duration,
+    /// How long a connection to a ramwire that is lost before the guest runs there may be followed by another, each time that
+    /// it is lost, as defined by [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect). Meanwhile the guest
+    /// runs on here, unless it was handed over. The destination must wait for it
+    /// ([`DestinationSettings::reconnect_timeout`]); otherwise, and with page channels, over RDMA, where memory is passed and
+    /// where the migration may switch to postcopy, a loss is the end. It is the end as well before the destination has
+    /// confirmed the setup. 0: it always is.
+    pub reconnect_timeout: Duration,
     /// The kind of the peer, if the caller knows it; otherwise the greeting finds it out. A ramwire is greeted in
     /// either case, and a peer that is none ends the migration before a page is sent; a QEMU is not greeted.
     pub peer: Option<Peer>,
@@ -182,6 +189,7 @@ impl SourceSettings {
             greeting_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(30),
             finish_timeout: Duration::from_secs(60),
+            reconnect_timeout: Duration::ZERO,
             peer: None,
             style: PeerStyle::of_machine(&configuration.machine),
             clear_shift: ClearShift::default(),
@@ -220,6 +228,13 @@ pub struct DestinationSettings {
     pub stall_timeout: Duration,
     /// Without COMMIT for this long after READY the migration fails; 60 s.
     pub finish_timeout: Duration,
+    /// How long a ramwire source may take to connect again after a connection was lost before it knows that the guest runs
+    /// here, counted from when this end has noticed the loss; the stall timeout is added, since the source may notice it
+    /// later. Where it connects is defined by
+    /// [`DestinationSession::with_next_connection`](super::DestinationSession::with_next_connection). The device state may
+    /// then be loaded more than once ([`DeviceState::loads_again`](crate::guest::DeviceState::loads_again)). 0: such a loss is
+    /// the end.
+    pub reconnect_timeout: Duration,
     /// Maximum number of bytes of RAM that are accepted.
     pub max_ram: u64,
     /// Maximum number of bytes of device state that are accepted, and of a VMM's configuration.
@@ -253,6 +268,7 @@ impl Default for DestinationSettings {
         Self {
             stall_timeout: Duration::from_secs(30),
             finish_timeout: Duration::from_secs(60),
+            reconnect_timeout: Duration::ZERO,
             max_ram: 64 << 40,
             max_state: 1 << 30,
             accept_missing_description: false,

@@ -44,6 +44,13 @@ pub(super) struct Attempt {
     pub(super) stop: Stop,
 }
 
+impl Attempt {
+    /// Where the destination is known to be; nothing but `stop` ends it.
+    pub(super) fn until(stop: Stop) -> Self {
+        Self { address: None, held: false, stop }
+    }
+}
+
 impl ConnectionHandle {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.locked()

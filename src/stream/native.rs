@@ -21,10 +21,22 @@
 //! With fingerprints in HELLO, FINGERPRINTS* follow each round, and the last ones the device state; MEMORY_CHECK follows
 //! RUNNING.
 //!
+//! With secrets in both HELLOs a lost connection may be followed by another. FENCE follows the setup and each round, and
+//! FENCED says that all before it is in place. Another connection begins with RESUME, without a header and a greeting:
+//!
+//! ```text
+//! RESUME                                     HOLDS
+//! RECV_BITMAP(block)*                        RECV_BITMAP(block), bitmap: pages that came since that fence
+//! rounds, from their beginning
+//! ```
+//!
+//! Behind COMMIT only HOLDS and RUNNING follow: RESUME is a COMMIT where that has not come.
+//!
 //! PING([`channels_ping`]) reports how many page channels the source has. A destination with another number answers
 //! REFUSED, also before HELLO: the greeting has shown it that the source is a ramwire.
 
 mod finding;
+mod resume;
 
 use super::error::DecodeError;
 use super::page_counts;
@@ -33,6 +45,7 @@ use super::reader::Reader;
 use super::writer::Writer;
 use crate::ram::BlockName;
 pub use finding::Finding;
+pub use resume::Resume;
 
 /// Value of the PING that asks "are you a ramwire?": `RWM1`.
 pub const GREETING: u32 = 0x5257_4d31;
@@ -42,8 +55,10 @@ pub const MIN_VERSION: u16 = 2;
 pub const VMM_CONFIGURATION_VERSION: u16 = 3;
 /// Oldest version with FINGERPRINTS and MEMORY_CHECK.
 pub const FINGERPRINTS_VERSION: u16 = 4;
+/// Oldest version with FENCE and RESUME.
+pub const RESUME_VERSION: u16 = 5;
 /// Newest supported version of these messages.
-pub const MAX_VERSION: u16 = 4;
+pub const MAX_VERSION: u16 = 5;
 /// First number of a native command or message.
 pub const FIRST_NUMBER: u16 = 0x5200;
 /// Maximum number of digests in one DIGEST command; its length is counted in 16 bits.
@@ -123,6 +138,8 @@ pub struct Hello {
     pub fingerprints: bool,
     /// Pages of a postcopy that nobody waits for come on the page channels.
     pub spread: bool,
+    /// A lost connection may be followed by another, on which the other end proves by this that it is the same.
+    pub secret: Option<[u8; 16]>,
 }
 
 impl Hello {
@@ -137,6 +154,7 @@ impl Hello {
             passes: false,
             fingerprints: false,
             spread: false,
+            secret: None,
         }
     }
 
@@ -148,15 +166,29 @@ impl Hello {
 
     fn encode(&self, writer: &mut Writer<'_>) {
         writer.be16(self.min_version).be16(self.max_version).bytes(&self.migration_id);
-        let flags = [self.digest, self.urgent, self.passes, self.fingerprints, self.spread];
+        let flags =
+            [self.digest, self.urgent, self.passes, self.fingerprints, self.spread, self.secret.is_some()];
         writer.u8(flags.iter().rev().fold(0, |bits, flag| bits << 1 | u8::from(*flag)));
+        writer.bytes(self.secret.as_ref().map_or(&[][..], |secret| secret.as_slice()));
     }
 
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let (min_version, max_version, migration_id) = (reader.be16()?, reader.be16()?, reader.array()?);
         let flags = reader.u8()?;
-        let [digest, urgent, passes, fingerprints, spread] = [1, 2, 4, 8, 16].map(|bit| flags & bit != 0);
-        Ok(Self { min_version, max_version, migration_id, digest, urgent, passes, fingerprints, spread })
+        let [digest, urgent, passes, fingerprints, spread, resumes] =
+            [1, 2, 4, 8, 16, 32].map(|bit| flags & bit != 0);
+        let secret = if resumes { Some(reader.array()?) } else { None };
+        Ok(Self {
+            min_version,
+            max_version,
+            migration_id,
+            digest,
+            urgent,
+            passes,
+            fingerprints,
+            spread,
+            secret,
+        })
     }
 }
 
@@ -253,6 +285,13 @@ pub enum Order<'a> {
     },
     /// The result of the source's check of its memory, which no longer changes since it handed over the guest.
     MemoryCheck(Finding),
+    /// Everything in front of this is to be in place when it is answered by FENCED. Only if both HELLOs had secrets.
+    Fence {
+        /// Counts from 1, over all connections.
+        number: u64,
+    },
+    /// The first command on another connection of a migration whose connection was lost.
+    Resume(Resume),
     /// The guest is yours. The source never resumes it again by itself.
     Commit {
         /// The migration it is about.
@@ -275,6 +314,8 @@ impl Order<'_> {
                 Self::Memory { .. } => 8,
                 Self::Fingerprints { .. } => 9,
                 Self::MemoryCheck(_) => 10,
+                Self::Fence { .. } => 11,
+                Self::Resume(_) => 12,
             }
     }
 
@@ -303,6 +344,10 @@ impl Order<'_> {
                 writer.be32(*block).be64(*first).bytes(values);
             }
             Self::MemoryCheck(finding) => finding.encode(&mut writer),
+            Self::Fence { number } => {
+                writer.be64(*number);
+            }
+            Self::Resume(resume) => resume.encode(&mut writer),
             Self::Commit { migration_id } => {
                 writer.bytes(migration_id);
             }
@@ -370,6 +415,8 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
             });
         }
         10 => Order::MemoryCheck(Finding::decode(&mut reader).ok()??),
+        11 => Order::Fence { number: reader.be64().ok()? },
+        12 => Order::Resume(Resume::decode(&mut reader).ok()??),
         _ => return None,
     };
     reader.rest().is_empty().then_some(order)
@@ -391,6 +438,18 @@ pub enum Answer<'a> {
     },
     /// Everything has arrived and is being checked and loaded: READY follows later.
     Working,
+    /// All that was sent in front of this FENCE is in place.
+    Fenced {
+        /// Its number.
+        number: u64,
+    },
+    /// The answer to RESUME.
+    Holds {
+        /// The source's secret: this is the destination that it lost.
+        secret: [u8; 16],
+        /// The last FENCE that has come; 0: none.
+        fence: u64,
+    },
 }
 
 impl Answer<'_> {
@@ -403,6 +462,8 @@ impl Answer<'_> {
                 Self::Running => 3,
                 Self::Refused { .. } => 4,
                 Self::Working => 5,
+                Self::Fenced { .. } => 6,
+                Self::Holds { .. } => 7,
             }
     }
 
@@ -412,6 +473,12 @@ impl Answer<'_> {
         match self {
             Self::Hello(hello) => hello.encode(&mut writer),
             Self::Ready | Self::Running | Self::Working => {}
+            Self::Fenced { number } => {
+                writer.be64(*number);
+            }
+            Self::Holds { secret, fence } => {
+                writer.bytes(secret).be64(*fence);
+            }
             Self::Refused { why } => {
                 let cut = (0..=MAX_REASON.min(why.len())).rev().find(|at| why.is_char_boundary(*at));
                 writer.bytes(&why.as_bytes()[..cut.unwrap_or(0)]);
@@ -429,6 +496,8 @@ pub fn decode_answer(number: u16, body: &[u8]) -> Option<Answer<'_>> {
         3 => Answer::Running,
         5 => Answer::Working,
         4 => return std::str::from_utf8(body).ok().map(|why| Answer::Refused { why }),
+        6 => Answer::Fenced { number: reader.be64().ok()? },
+        7 => Answer::Holds { secret: reader.array().ok()?, fence: reader.be64().ok()? },
         _ => return None,
     };
     reader.rest().is_empty().then_some(answer)

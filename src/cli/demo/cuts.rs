@@ -1,4 +1,5 @@
-//! Cuts of the connection while the guest runs at the destination and its memory follows.
+//! Cuts of the connection while memory arrives: in precopy from the first page on, in postcopy while the guest runs at the
+//! destination.
 //!
 //! A cut depends on how many pages are there, not on time: the thread that is about to place the next page cuts, so no page
 //! passes a cut unseen, however fast the machine is.
@@ -39,6 +40,7 @@ struct Inner {
 struct State {
     left: u32,
     stage: Stage,
+    postcopy: bool,
     /// Of the present connection.
     breaker: Option<StreamBreaker>,
     figures: Option<SharedStatistics>,
@@ -58,12 +60,12 @@ enum Stage {
 }
 
 impl Cuts {
-    /// So many cuts while this memory fills.
-    pub(super) fn new(count: u32, memory: &MappedGuest) -> Self {
+    /// So many cuts while this memory fills; `postcopy`: from the guest's start on.
+    pub(super) fn new(count: u32, memory: &MappedGuest, postcopy: bool) -> Self {
         let table = memory.table();
-        let pages = table.blocks().iter().map(|block| table.pages_of(block)).sum();
-        let state =
-            State { left: count, stage: Stage::There, breaker: None, figures: None, made: Vec::new() };
+        let pages = table.blocks().iter().map(|block| table.pages_of(block)).sum::<u64>();
+        let stage = if postcopy { Stage::There } else { Stage::Due(pages / (u64::from(count) + 1)) };
+        let state = State { left: count, stage, postcopy, breaker: None, figures: None, made: Vec::new() };
         Self(Arc::new(Inner { state: Mutex::new(state), changed: Condvar::new(), pages }))
     }
 
@@ -86,20 +88,24 @@ impl Cuts {
     fn happened(&self, event: &Event) {
         let mut state = self.state();
         match event.kind {
+            _ if !state.postcopy => return,
             EventKind::Switchover => state.stage = Stage::Starts,
-            EventKind::PostcopyActive => {
-                if let Stage::Cut { pages_there, at } = state.stage {
-                    let took_ms = at.elapsed().as_secs_f64() * 1e3;
-                    state.made.push(Recovery { pages_there, took_ms });
-                }
-                // The missing pages are divided into parts of the same size.
-                let there = self.there(&state);
-                let missing = self.0.pages.saturating_sub(there);
-                state.stage = Stage::Due(there + missing / (u64::from(state.left) + 1));
-            }
+            EventKind::PostcopyActive => self.goes_on(&mut state),
             _ => return,
         }
         self.0.changed.notify_all();
+    }
+
+    /// Pages arrive, for the first time or again.
+    fn goes_on(&self, state: &mut State) {
+        if let Stage::Cut { pages_there, at } = state.stage {
+            let took_ms = at.elapsed().as_secs_f64() * 1e3;
+            state.made.push(Recovery { pages_there, took_ms });
+        }
+        // The missing pages are divided into parts of the same size.
+        let there = self.there(state);
+        let missing = self.0.pages.saturating_sub(there);
+        state.stage = Stage::Due(there + missing / (u64::from(state.left) + 1));
     }
 
     /// Pages that are there.
@@ -118,6 +124,10 @@ impl Cuts {
         if starts(&mut state) {
             let waited = self.0.changed.wait_timeout_while(state, STARTS, starts);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        // In precopy the first page on another connection shows that the ends go on.
+        if !state.postcopy && matches!(state.stage, Stage::Cut { .. }) && state.breaker.is_some() {
+            self.goes_on(&mut state);
         }
         let Stage::Due(pages) = state.stage else { return };
         let pages_there = self.there(&state);
@@ -159,7 +169,8 @@ impl GuestMemory for CutMemory {
     }
 
     fn region(&self, block: BlockIndex) -> Option<HostRegion> {
-        GuestMemory::region(&*self.memory, block)
+        // In precopy pages may be written through the file instead, which no cut would see.
+        GuestMemory::region(&*self.memory, block).filter(|_| self.cuts.state().postcopy)
     }
 
     fn layout_change(&self) -> Option<LayoutChange> {

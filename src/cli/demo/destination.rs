@@ -247,7 +247,10 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     settings.postcopy = args.postcopy;
     settings.take_memory = args.same_host;
     settings.vcpu_threads = guest.vcpu_threads();
-    let cuts = Cuts::new(args.cut, &memory);
+    if args.cut > 0 && !args.postcopy {
+        settings.reconnect_timeout = super::RECONNECT;
+    }
+    let cuts = Cuts::new(args.cut, &memory, args.postcopy);
     let session = if args.cut > 0 {
         let mut accept = accept_cut(listener, scratch, cuts.clone());
         let connection = DestinationConnection::over(accept(&stop_waiting)?);

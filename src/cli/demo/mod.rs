@@ -54,6 +54,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo
     ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
     ramwire demo --postcopy --link-rate 125M --transport tcp
+    ramwire demo --cut 5
     ramwire demo --postcopy --cut 5
     ramwire demo --same-host
     ramwire demo --tls-dir certificates --channels 2
@@ -149,9 +150,9 @@ pub(super) struct Args {
     watch: WatchArgs,
     #[command(flatten)]
     postcopy: PostcopyArgs,
-    /// With --postcopy: cut the connection so many times while the guest runs at the destination and its memory follows, each
-    /// time after the same number of pages; both ends go on over another connection
-    #[arg(long, value_name = "N", default_value = "0", requires = "postcopy")]
+    /// Cut the connection so many times while memory arrives, each time after the same number of pages; both ends go on over
+    /// another connection. With --postcopy: while the guest runs at the destination
+    #[arg(long, value_name = "N", default_value = "0")]
     cut: u32,
     /// With --postcopy: give the guest's memory at the source back to the kernel as the destination proves that it has it
     #[arg(long, requires = "postcopy")]
@@ -167,8 +168,9 @@ pub(super) struct Args {
 }
 
 /// Options of a migration only.
-const NOT_WITH_SNAPSHOT: [&str; 24] = [
+const NOT_WITH_SNAPSHOT: [&str; 25] = [
     "tls_dir",
+    "cut",
     "transport",
     "downtime_ms",
     "xbzrle_cache_size",
@@ -268,6 +270,9 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     if postcopy {
         refuse_postcopy(args)?;
     }
+    if args.cut > 0 {
+        refuse_cuts(args)?;
+    }
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(Usage)?;
     check_room(args, &blocks)?;
     let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
@@ -307,8 +312,9 @@ fn settings(args: &Args) -> Result<SourceSettings, Usage> {
     settings.same_host = true;
     args.converge.apply(&mut settings)?;
     args.postcopy.apply(&mut settings);
+    settings.reconnect_timeout = if args.cut > 0 { RECONNECT } else { Duration::ZERO };
     if let Some(postcopy) = &mut settings.postcopy {
-        postcopy.reconnect_timeout = if args.cut > 0 { RECONNECT } else { Duration::ZERO };
+        postcopy.reconnect_timeout = settings.reconnect_timeout;
         postcopy.release_ram = args.release_ram;
     }
     let postcopy = settings.postcopy.is_some();
@@ -331,6 +337,20 @@ fn refuse_postcopy(args: &Args) -> Result<(), Usage> {
         }
         () if args.guest != GuestKind::Synthetic => {
             "only the synthetic guest looks at its memory while it comes: leave --guest out, or move this one whole"
+        }
+        () => return Ok(()),
+    };
+    Err(Usage(why.into()))
+}
+
+/// Refuses cuts of a connection that is not taken up again.
+fn refuse_cuts(args: &Args) -> Result<(), Usage> {
+    let why = match () {
+        () if args.transport == Transport::Rdma => {
+            "a connection by RDMA that is cut ends the migration: give --transport tcp or unix"
+        }
+        () if args.channels.count() > 0 => {
+            "a migration with page channels ends when its connection is cut: leave --channels out"
         }
         () => return Ok(()),
     };
@@ -434,8 +454,9 @@ fn finish(
         complain("demo", error);
         tell_remedies("demo", Some(error), REMEDIES);
     }
-    let cut = arrived.postcopy.as_ref().map_or(0, |postcopy| postcopy.recoveries.len());
-    if exit == Exit::Done && (cut as u64) < args.cut.into() {
+    let cut = arrived.postcopy.as_ref().map_or(0, |postcopy| postcopy.recoveries.len() as u64);
+    let cut = cut + report.statistics.lost.count;
+    if exit == Exit::Done && cut < args.cut.into() {
         note!("the connection was cut {cut} of {} times: there were no more pages to wait for", args.cut);
     }
     if report.outcome == Outcome::Incomplete {

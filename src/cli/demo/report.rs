@@ -45,6 +45,7 @@ impl Run<'_> {
             "setup_ms": s.setup_time,
             "downtime_ms": s.downtime,
             "downtime_parts": s.downtime_parts,
+            "lost": s.lost,
             "bytes_sent": s.transferred,
             "pages": s.pages,
             "passed": s.passed,

@@ -89,6 +89,9 @@ impl Way {
             Transport::Auto if args.xbzrle_cache_size > 0 => {
                 tcp(format!("deltas (--xbzrle-cache-size) need a byte stream, and {FASTER}"))
             }
+            Transport::Auto if args.cut > 0 && !postcopy => {
+                tcp(format!("a connection that is cut (--cut) and replaced is a byte stream, and {FASTER}"))
+            }
             Transport::Auto if postcopy => {
                 tcp(format!("a switch to postcopy (--postcopy) needs a byte stream, and {FASTER}"))
             }

@@ -157,6 +157,13 @@ impl Collector for Figures {
         out.counters("pages", "Pages sent or received, by what they travelled as", "kind", &kinds)?;
         let skipped = [("hint", s.skipped.hinted), ("unplugged", s.skipped.discarded)];
         out.counters("skipped_pages", "Pages left out, by why nobody needs them", "why", &skipped)?;
+        out.counter(
+            "lost_connections",
+            "Connections that were lost and could be replaced",
+            None,
+            s.lost.count,
+        )?;
+        out.counter("sent_again", "Pages sent again for them", bytes.clone(), s.lost.bytes_again)?;
         out.counter("rounds", "Rounds that were closed", None, s.round_count().into())?;
         out.counter("dirty_syncs", "Merges of the dirty logs", None, s.dirty_sync_count)?;
         out.gauge("dirty_pages_per_second", "Pages the guest wrote", None, s.dirty_pages_rate as f64)?;

@@ -302,7 +302,9 @@ fn send(
     }
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: Vec::new(), control: guest.control() };
-    let again = Redial::new(address, options.stream);
+    let fallbacks =
+        args.reconnect.fallback.iter().map(|uri| args.tls.at(uri)).collect::<Result<Vec<_>, _>>()?;
+    let again = Redial::new(address, options.stream).with_fallbacks(fallbacks);
     let session = SourceSession::new(source, connection, settings(args, &guest))
         .with_statistics(controlled.statistics.clone())
         .with_cancel(cancel.clone())
@@ -441,6 +443,7 @@ fn tell(args: &Args, way: &Way, report: &SourceReport) {
         out["urgent-pages"] = json!(report.urgent_pages);
         out["passed"] = json!(report.statistics.passed);
         out["released-pages"] = json!(report.released_pages);
+        out["lost-connections"] = json!(report.statistics.lost);
         out["memory-check"] = in_json(report.memory_check.as_ref());
         result_line!("{out}");
     } else if report.outcome == Outcome::Completed {

@@ -307,6 +307,11 @@ impl DeviceState for ArrivingGuest {
         from.read_to_end(&mut tail)?;
         self.lock().put_state(&tail).map_err(io::Error::other)
     }
+
+    /// A later state takes the place of this one.
+    fn loads_again(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

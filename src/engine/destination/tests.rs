@@ -234,6 +234,8 @@ fn any_event_at_any_moment_starts_no_guest_that_is_not_ours() {
         Input::Commit,
         Input::Done,
         Input::MayRun,
+        Input::Resumed { committed: false },
+        Input::Resumed { committed: true },
         Input::Failed,
         Input::Lost,
         Input::Woken,
@@ -277,4 +279,62 @@ fn commit_is_waited_for_until_the_time_is_over_and_no_cancel_ends_the_wait() {
     }
     engine.handle(secs(30), Input::Woken);
     assert_eq!(engine.poll(), Some(Action::SendFailed));
+}
+
+/// Without COMMIT everything begins again with pages; with it the guest is started once, and reported as often as it is
+/// asked for.
+#[test]
+fn a_source_that_connects_again_gets_what_it_is_due() {
+    let after = |count: usize| {
+        let mut engine = self::engine();
+        engine.set_resumable(true);
+        NATIVE[..count].iter().for_each(|(input, action)| assert_eq!(engine.step(*input), *action));
+        engine
+    };
+    // Without the steps in which nothing is sent or received.
+    for count in [1, 2, 3, 6, 7] {
+        let mut engine = after(count);
+        for _ in 0..3 {
+            assert_eq!(engine.step(Input::Lost), Action::AwaitRecovery, "after {count} steps");
+            assert_eq!(engine.step(Input::Lost), Action::AwaitRecovery, "while it waits, too");
+            assert_eq!(engine.is_bound(), count >= 6 && !engine.is_committed());
+            engine = after(count);
+        }
+        engine.step(Input::Lost);
+        assert_eq!(engine.step(Input::Resumed { committed: false }), Action::Receive);
+        assert!(!engine.is_bound());
+        for (input, action) in &NATIVE[1..] {
+            assert_eq!(engine.step(*input), *action, "after {count} steps, and again");
+        }
+        let mut gone = after(count);
+        gone.step(Input::Lost);
+        assert_eq!(gone.step(Input::Failed), Action::SendFailed, "nobody has come");
+        assert_eq!(gone.step(Input::Done), Action::Finish(Ending::Discarded));
+        let mut asked = after(count);
+        asked.step(Input::Lost);
+        let starts = asked.step(Input::Resumed { committed: true });
+        // COMMIT follows READY only.
+        assert_eq!(
+            starts,
+            if count >= 6 { Action::Resume } else { Action::SendFailed },
+            "after {count} steps"
+        );
+    }
+    let mut runs = after(9);
+    for _ in 0..3 {
+        assert_eq!(runs.step(Input::Lost), Action::AwaitRecovery);
+        assert_eq!(
+            runs.step(Input::Resumed { committed: true }),
+            Action::SendRunning,
+            "it is not started again"
+        );
+    }
+    for end in [Input::Resumed { committed: false }, Input::Failed] {
+        let mut runs = after(9);
+        runs.step(Input::Lost);
+        assert_eq!(runs.step(end), Action::Finish(Ending::Running), "{end:?}");
+    }
+    let mut alone = after(7);
+    alone.set_resumable(false);
+    assert_eq!(alone.step(Input::Lost), Action::SendFailed, "no other connection can come");
 }

@@ -30,9 +30,11 @@ pub(super) enum Phase {
     Filling,
     AwaitingTaken,
     EndingPostcopy,
-    Reconnecting,
-    AskingReceived,
-    ComparingReceived,
+    /// The connection was lost while the guest was paused: it runs on here.
+    LettingRun,
+    Reconnecting(Lost),
+    AskingReceived(Lost),
+    ComparingReceived(Lost),
     ResumingPages,
     AwaitingReady {
         /// Whatever the peer sends meanwhile.
@@ -47,6 +49,17 @@ pub(super) enum Phase {
     CheckingMemory,
     RollingBack(Reason),
     Finished(Outcome),
+}
+
+/// When the connection was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lost {
+    /// The guest is here.
+    BeforeCommit,
+    /// COMMIT was sent, and the guest's start has not been reported.
+    BehindCommit,
+    /// The guest runs at the peer, or may, and pages are missing there.
+    Postcopy,
 }
 
 /// What follows the connection for urgent pages.
@@ -67,10 +80,10 @@ impl Phase {
                 | Self::Filling
                 | Self::AwaitingTaken
                 | Self::EndingPostcopy
-                | Self::Reconnecting
-                | Self::AskingReceived
+                | Self::Reconnecting(Lost::BehindCommit | Lost::Postcopy)
+                | Self::AskingReceived(Lost::BehindCommit | Lost::Postcopy)
                 | Self::OpeningUrgent(BehindUrgent::Compare | BehindUrgent::Resume)
-                | Self::ComparingReceived
+                | Self::ComparingReceived(Lost::BehindCommit | Lost::Postcopy)
                 | Self::ResumingPages
                 | Self::AwaitingRunning
                 | Self::Reporting

@@ -114,11 +114,14 @@ pub enum SourceAction {
     SendMissing,
     /// Postcopy: nothing is left; end the stream.
     EndPostcopy,
-    /// Postcopy: the connection is lost; connect to the peer again.
+    /// The connection is lost before COMMIT, and the guest is paused: let it run on here.
+    ResumeGuest,
+    /// The connection is lost; connect to the peer again.
     Reconnect,
-    /// Postcopy: the first bytes on a new connection.
+    /// The first bytes on a new connection.
     AskReceived,
-    /// Postcopy, on a new connection: find out which pages the peer has; the others are dirty.
+    /// On a new connection: find out which pages the peer has; the others are dirty. Behind COMMIT: only that it is the same
+    /// peer.
     CompareReceived,
     /// Postcopy, on a new connection: have the peer continue.
     ResumePages,

@@ -1,7 +1,7 @@
 //! When the connection for urgent pages is opened. QEMU 7.2 reads nothing before it is open; later versions treat it as
 //! another migration if it is opened before they have read from the main connection.
 
-use super::{BehindUrgent, Phase, SourceAction, SourceEngine, UrgentChannel};
+use super::{BehindUrgent, Lost, Phase, SourceAction, SourceEngine, UrgentChannel};
 
 impl SourceEngine {
     /// When the connection for urgent pages is opened, if there is one.
@@ -24,7 +24,9 @@ impl SourceEngine {
                 self.postcopy.begun = true;
                 self.pause();
             }
-            BehindUrgent::Compare => self.go(Phase::ComparingReceived, SourceAction::CompareReceived),
+            BehindUrgent::Compare => {
+                self.go(Phase::ComparingReceived(Lost::Postcopy), SourceAction::CompareReceived);
+            }
             BehindUrgent::Resume => self.go(Phase::ResumingPages, SourceAction::ResumePages),
         }
     }

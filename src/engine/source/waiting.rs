@@ -92,6 +92,18 @@ impl SourceEngine {
             Phase::AwaitingRunning => Overdue::Running(answers.running),
             _ => return,
         };
+        // A network that swallows what is sent tells nobody that it does.
+        let silent = match overdue {
+            Overdue::Sign(_) => true,
+            Overdue::Running(_) if self.asks > 0 => {
+                self.asks -= 1;
+                true
+            }
+            _ => false,
+        };
+        if silent && !self.postcopy.begun && self.lose_connection() {
+            return;
+        }
         self.overdue = Some(overdue);
         let relays = self.config.switchover == Switchover::WhenUpstreamStops;
         if relays && matches!(overdue, Overdue::Running(_)) {

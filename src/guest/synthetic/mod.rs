@@ -254,6 +254,11 @@ impl DeviceState for SyntheticGuest {
         self.install(Plan::new(self.memory.table(), config), done, true);
         Ok(())
     }
+
+    /// A later state takes the place of this one.
+    fn loads_again(&self) -> bool {
+        true
+    }
 }
 
 impl Drop for Machine {

@@ -47,6 +47,14 @@ pub(super) struct SourceTold {
 }
 
 impl SourceTold {
+    /// The guest runs on at the source, which has connected again and will tell all of this again.
+    pub(super) fn forget_switchover(&mut self) {
+        self.sent = None;
+        self.unsent = PageSet::default();
+        self.digests = Digests::default();
+        self.compared.forget_switchover();
+    }
+
     /// A PING may carry the number of page channels.
     pub(super) fn ping(&mut self, value: u32) {
         self.channels = channels_of_ping(value).unwrap_or(self.channels);

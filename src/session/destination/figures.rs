@@ -103,6 +103,11 @@ impl Figures {
         self.counts.ram_complete.store(true, Ordering::Relaxed);
     }
 
+    /// More pages follow nevertheless: the source has lost the connection behind its last page.
+    pub(super) fn ram_continues(&self) {
+        self.counts.ram_complete.store(false, Ordering::Relaxed);
+    }
+
     /// The end: the figures no longer follow the counters.
     pub(super) fn end(&self, completed: bool) {
         self.shared.refresh_no_more();

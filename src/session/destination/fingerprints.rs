@@ -62,6 +62,11 @@ impl Compared {
         self.prints.clone()
     }
 
+    /// The end of the stream will come again.
+    pub(super) fn forget_switchover(&mut self) {
+        (self.state, self.verified) = (None, false);
+    }
+
     /// All that was sent is here.
     pub(super) fn verified(&self) -> bool {
         self.verified

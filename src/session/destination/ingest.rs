@@ -28,6 +28,8 @@ pub(super) struct Placement<'a> {
     pub(super) map_behind: Option<&'a Spawner>,
     /// Takes the fingerprints of pages.
     pub(super) prints: Option<Arc<Fingerprints>>,
+    /// Pages since the last fence are kept apart.
+    pub(super) fences: bool,
     pub(super) breakage: Breakage,
 }
 
@@ -220,6 +222,21 @@ impl Ingest {
         }
     }
 
+    /// The guest runs on at its source, which has connected again: the end of RAM and what came behind it count no more.
+    pub(super) fn forget_switchover(&mut self, breakage: Breakage) -> Result<(), Error> {
+        if !breakage.is(Breakage::KeepOldState) {
+            self.state.clear();
+        }
+        self.sections.forget_switchover();
+        self.placing()?.another_connection();
+        Ok(())
+    }
+
+    /// An observer sees each page as it arrives.
+    pub(super) fn is_watched(&self) -> bool {
+        self.arrival.is_some() || self.placing.as_ref().is_some_and(Placing::is_watched)
+    }
+
     /// The device state, and the bytes that are kept with it.
     pub(super) fn state(&self) -> &[u8] {
         &self.state
@@ -367,6 +384,7 @@ mod tests {
             may_be_postcopy: false,
             map_behind: None,
             prints: None,
+            fences: false,
             breakage: Breakage::default(),
         };
         ingest.place_in(memory.clone(), &blocks, |_| true, &how).unwrap();

@@ -20,6 +20,7 @@ mod receive;
 mod recovery;
 mod relayed;
 mod report;
+mod resume;
 mod return_path;
 mod round;
 mod sections;
@@ -46,7 +47,7 @@ use crate::session::config::DestinationSettings;
 use crate::session::digest::{Digest, carried};
 use crate::session::handle::Canceller;
 use crate::session::workers::Spawner;
-use crate::session::{Breakage, Error};
+use crate::session::{Breakage, Error, ErrorKind};
 use counts::SourceTold;
 use driver::Driver;
 use figures::Figures;
@@ -60,6 +61,9 @@ use receive::out_of_turn;
 pub use recovery::NextConnection;
 pub(crate) use relayed::{Switched, ToSource};
 pub use report::DestinationReport;
+use resume::{Accepts, Resumption};
+#[cfg(test)]
+pub(super) use resume::{BothWays, Further};
 use switch::Switch;
 use wire::Wire;
 
@@ -146,6 +150,7 @@ pub struct DestinationSession {
     driver: Driver,
     ingest: Ingest,
     switch: Switch,
+    resumption: Resumption,
     /// What the source has reported about itself and about the pages it sent.
     told: SourceTold,
     figures: Figures,
@@ -170,6 +175,7 @@ impl DestinationSession {
             driver,
             ingest: Ingest::default(),
             switch: Switch::default(),
+            resumption: Resumption::default(),
             told: SourceTold::default(),
             figures: Figures::new(SharedStatistics::default()),
             error: None,
@@ -184,12 +190,15 @@ impl DestinationSession {
     }
 
     /// Where a source connects again after the connection was lost in postcopy: then nothing is lost. Without it such a
-    /// loss ends the migration, [`Ending::Incomplete`](crate::session::Ending::Incomplete).
+    /// loss ends the migration, [`Ending::Incomplete`](crate::session::Ending::Incomplete). Before the guest runs here it
+    /// does so as well, if [`reconnect_timeout`](DestinationSettings::reconnect_timeout) is set and the source is a ramwire
+    /// that does.
     ///
     /// It also provides the connection for urgent pages, which a QEMU with the capability postcopy-preempt opens: no
     /// setting announces that connection. So it may be called while the first connection is in use, by another thread.
-    pub fn with_next_connection(self, next: Box<dyn NextConnection>) -> Self {
+    pub fn with_next_connection(mut self, next: Box<dyn NextConnection>) -> Self {
         self.switch.may_reconnect(Connections::new(next));
+        self.resumption.accept_from(Box::new(Accepts(self.switch.next().clone())));
         self
     }
 
@@ -274,6 +283,7 @@ impl DestinationSession {
         let error = self.postcopy_failure(error);
         tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
         let overdue = error.is_deadline() && self.driver.time_left() == Some(Duration::ZERO);
+        let lost = error.kind() == ErrorKind::Channel && self.may_resume();
         self.error.get_or_insert(error);
         if let Some(event) = self.relayed_loss() {
             return event;
@@ -281,6 +291,7 @@ impl DestinationSession {
         match () {
             () if self.switch.outlives_loss(self.may_recover()) => DestinationEvent::Lost,
             () if overdue => DestinationEvent::Woken,
+            () if lost => DestinationEvent::Lost,
             () => DestinationEvent::Failed,
         }
     }
@@ -288,6 +299,7 @@ impl DestinationSession {
     /// Reports the result of the last action to the engine.
     fn tell(&mut self, event: DestinationEvent, reader: &StreamReader) {
         self.driver.engine.set_recoverable(self.may_recover());
+        self.driver.engine.set_resumable(self.may_resume());
         if self.driver.tell(event) {
             self.error.get_or_insert(Error::Cancelled);
         }
@@ -367,6 +379,7 @@ impl DestinationSession {
                 }
                 let framing = reader.stream.seen().framing;
                 let unwraps = !self.settings.state_as_it_came;
+                self.resumption.loads();
                 let loaded = self.with_keepalive(|session| {
                     let state = session.ingest.state();
                     let own = own_state(state, framing).filter(|_| unwraps);
@@ -375,6 +388,9 @@ impl DestinationSession {
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             DestinationAction::Listen => self.listen(&reader.stream)?,
+            DestinationAction::AwaitRecovery if self.is_before_the_guest() => {
+                return self.await_source(reader);
+            }
             DestinationAction::AwaitRecovery => self.await_recovery(reader)?,
             DestinationAction::AwaitGuest => self.await_guest()?,
             DestinationAction::SendReady => {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::guest::{GuestMemory, PageWriter, Placer};
 use crate::observe::PageCounts;
-use crate::ram::{Landing, PageRun, RamBlock};
+use crate::ram::{Landing, PageRun, PageSet, RamBlock};
 use crate::stream::qemu::compressed::inflate_page;
 use crate::stream::qemu::ram::PAGE_HEAD;
 use crate::stream::{DecodeError, Fault, xbzrle};
@@ -30,9 +30,13 @@ pub(super) struct Placing {
     scratch: Vec<u8>,
     /// Pages that arrived in the stream.
     in_stream: PageCounts,
+    /// Pages that arrived in the stream since the last fence, if there are fences.
+    since_fence: Option<PageSet>,
     /// For an observer of pages on a link that reports none of them.
     scan: Option<ContentScan>,
     checked: Instant,
+    /// This is not the first connection.
+    is_later: bool,
     /// Only where an order is switched off.
     older: HashMap<(BlockIndex, BlockOffset), Vec<u8>>,
     breakage: Breakage,
@@ -60,6 +64,7 @@ impl Placing {
         }
         let placer = Arc::new(placer);
         let scratch = vec![0; placer.page_bytes() as usize];
+        let since_fence = how.fences.then(|| PageSet::new(placer.memory().table()));
         let writer = PageWriter::default();
         Ok(Self {
             placer,
@@ -67,8 +72,10 @@ impl Placing {
             arrival,
             scratch,
             in_stream: PageCounts::default(),
+            since_fence,
             scan: None,
             checked: Instant::now(),
+            is_later: false,
             older: HashMap::new(),
             breakage,
         })
@@ -89,6 +96,32 @@ impl Placing {
     /// Pages that arrived in the stream, each time that a page arrived.
     pub(super) fn in_stream(&self) -> PageCounts {
         self.in_stream
+    }
+
+    /// Pages that arrived in the stream since the last fence, if there are fences.
+    pub(super) fn since_fence(&self) -> Option<&PageSet> {
+        self.since_fence.as_ref()
+    }
+
+    /// A fence was read.
+    pub(super) fn fenced(&mut self) -> Result<(), Error> {
+        if self.breakage.is(Breakage::PlaceFromOld) && self.is_later {
+            for ((block, offset), bytes) in std::mem::take(&mut self.older) {
+                let landing = self.placer.admit(block, offset, self.placer.page_bytes())?;
+                self.writer.place(&self.placer, landing, std::iter::once(&bytes[..]))?;
+            }
+        }
+        if let Some(since) = self.since_fence.as_mut().filter(|since| !since.is_empty()) {
+            *since = PageSet::new(self.placer.memory().table());
+        }
+        Ok(())
+    }
+
+    /// Another connection follows: on it the source counts from zero.
+    pub(super) fn another_connection(&mut self) {
+        self.forget_parts();
+        self.in_stream = PageCounts::default();
+        self.is_later = true;
     }
 
     /// Called at every section of pages; the watcher takes the first as its beginning.
@@ -140,6 +173,9 @@ impl Placing {
             return Ok(());
         }
         let older = self.older_copy(landing, first);
+        if self.breakage.is(Breakage::PlaceFromOld) && !self.is_later {
+            self.older.insert((block, offset), first.to_vec());
+        }
         let pages = std::iter::once(older.as_deref().unwrap_or(first)).chain(others);
         if self.breakage.is(Breakage::MarkBeforeCopy) {
             return Ok(self.writer.write(&self.placer, landing, 0, pages)?);
@@ -197,6 +233,9 @@ impl Placing {
 
     /// A page that arrived in the stream was reported when it was placed; a scan's knowledge of it is out of date.
     fn came_in_stream(&mut self, landing: Landing) {
+        if let Some(since) = &mut self.since_fence {
+            since.add(self.placer.run(landing));
+        }
         if let Some(scan) = &mut self.scan {
             let run = self.placer.run(landing);
             (run.first.0..run.end().0).for_each(|page| scan.forget(run.block, PageIndex(page)));

@@ -61,12 +61,20 @@ impl DestinationSession {
                     // After a switch a relay's source may have sent everything, and waits for the far end.
                     let waits = self.may_hold_its_switchover() || self.switch.relayed().is_some();
                     let quiet = reader.start == reader.end && waits;
+                    let stop = self.stop_of_read();
                     let source = self.wire.link.stream();
                     source.set_bulk(bulk);
                     source.set_quiet(quiet);
-                    let got =
-                        source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], &self.wire.stop);
-                    let got = got.map_err(|error| self.silence_of_source(error.into()))?;
+                    let got = match source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], &stop)
+                    {
+                        Ok(got) => got,
+                        Err(error) => {
+                            let error = self.silence_of_source(error.into());
+                            self.look_for_source(error)?;
+                            continue;
+                        }
+                    };
+                    self.resumption.heard();
                     if got == 0 {
                         return self.stream_ended(reader);
                     }
@@ -165,6 +173,7 @@ impl DestinationSession {
             may_be_postcopy: self.switch.serves_here() || self.wire.link.abilities().on_demand,
             map_behind: self.settings.map_behind.then_some(&self.settings.spawner),
             prints: self.told.compared.begin(memory.table(), self.told.migration_id),
+            fences: self.resumption.is_agreed(),
             breakage: self.breakage,
         };
         let known_zero = |block: &RamBlock| {
@@ -232,6 +241,7 @@ impl DestinationSession {
                 self.switch.discard(discard, &placer)?
             }
             Command::RecvBitmap { block } if self.switch.is_running() => self.send_received(block)?,
+            Command::RecvBitmap { block } if self.resumption.is_later => self.send_since_fence(block)?,
             Command::PostcopyResume if self.switch.is_running() => self.resume_requests()?,
             Command::Packaged { .. } if self.switch.is_advised() => {}
             Command::SwitchoverStart | Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps => {}
@@ -259,7 +269,8 @@ impl DestinationSession {
                     });
                 }
                 let passes = theirs.passes && self.takes_memory();
-                let answer = Hello { min_version: version, max_version: version, passes, ..theirs };
+                let secret = self.agree_on_resumption(&Hello { passes, ..theirs });
+                let answer = Hello { min_version: version, max_version: version, passes, secret, ..theirs };
                 self.told.migration_id = Some(theirs.migration_id);
                 (self.told.passes, self.told.spread) = (passes, theirs.spread);
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
@@ -285,6 +296,8 @@ impl DestinationSession {
             Order::Fingerprints { block, first, values } => {
                 self.fingerprints(block, first, values).map(|()| None)
             }
+            Order::Fence { number } => self.fence(number).map(|()| None),
+            Order::Resume(_) => Err(out_of_turn("RESUME", "a connection in use")),
             Order::MemoryCheck(_) => Err(out_of_turn("MEMORY_CHECK", "the guest does not run here yet")),
             Order::Sent { counts } => self.source_sent(counts).map(|()| None),
             Order::Unsent { .. }

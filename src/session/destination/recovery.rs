@@ -52,21 +52,23 @@ impl DestinationSession {
     /// The connection was lost with it.
     pub(super) fn await_heard(&mut self) -> Result<(), Error> {
         let may_recover = self.may_recover();
-        let Some(postcopy) = self.switch.running().filter(|_| may_recover) else { return Ok(()) };
+        let back = match self.switch.running().filter(|_| may_recover) {
+            Some(postcopy) => Some(postcopy.shared.back.clone()),
+            None => self.wire.back.clone().filter(|_| self.may_resume()),
+        };
+        let Some(back) = back else { return Ok(()) };
         let doing = "telling the source that all has come";
         let connection = self.wire.link.stream().descriptor();
         let stop = Stop::never().within(self.settings.stall_timeout);
-        while postcopy.shared.back.unacknowledged() > 0 {
+        while back.unacknowledged() > 0 {
             let piece = stop.within(ACK_CHECK_INTERVAL);
             // No event is requested: the wait ends early only by the connection's end.
             let lost = match connection {
                 Some(connection) => matches!(piece.wait(connection, PollFlags::empty()), Ok(None)),
-                None => {
-                    piece.sleep(ACK_CHECK_INTERVAL);
-                    false
-                }
+                // Its end can't be seen.
+                None => stop.sleep(ACK_CHECK_INTERVAL).is_none(),
             };
-            if lost && postcopy.shared.back.unacknowledged() > 0 {
+            if lost && back.unacknowledged() > 0 {
                 return Err(ChannelError::Closed { peer: "the source".into(), doing }.into());
             }
             if let Some(reason) = stop.reason() {

@@ -58,6 +58,14 @@ impl Sections {
         self.between_rounds && self.ram_phase == Some(Phase::Part) && !self.ram_ended
     }
 
+    /// Rounds follow again, from the beginning of one.
+    pub(super) fn forget_switchover(&mut self) {
+        if self.pages_began() {
+            self.ram_phase = Some(Phase::Part);
+        }
+        (self.ram_ended, self.in_native_state, self.between_rounds) = (false, false, true);
+    }
+
     /// A copied section begins at this offset.
     pub(super) fn carried_from(&mut self, at: usize) {
         self.carried_at = at;

@@ -9,7 +9,7 @@ use super::guest::PAGE;
 use super::plan::{PeerKind, Side, Wire};
 use super::world::{Mark, Sim, Turn, World, may_stall};
 use crate::stream::native::{Answer, Order};
-use crate::stream::qemu::command::Command;
+use crate::stream::qemu::command::{Command, decode_command};
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 use crate::transport::{ByteSink, ByteSource, ChannelError};
@@ -91,8 +91,8 @@ impl Pipe {
 
 impl World {
     /// Sends as much as there is room for, up to the byte at which a fault is due; returns how much was sent.
-    fn send_some(&mut self, side: Side, bytes: &[u8]) -> usize {
-        let pipe = &mut self.pipes[side as usize];
+    fn send_some(&mut self, (generation, side): (usize, Side), bytes: &[u8]) -> usize {
+        let pipe = self.pipe(generation, side);
         let mut take = bytes.len().min(pipe.room());
         if let Some((at, wire)) = pipe.fault {
             let before = at.saturating_sub(pipe.sent);
@@ -100,9 +100,9 @@ impl World {
                 pipe.push(&bytes[..before as usize]);
                 take = before as usize;
                 pipe.fault = None;
-                self.wire_fault(side, wire);
+                self.wire_fault(generation, side, wire);
                 let Wire::Flip(bit) = wire else { return take };
-                self.pipes[side as usize].push(&[bytes[take] ^ 1 << bit]);
+                self.pipe(generation, side).push(&[bytes[take] ^ 1 << bit]);
                 return take + 1;
             }
         }
@@ -110,7 +110,7 @@ impl World {
         take
     }
 
-    fn wire_fault(&mut self, side: Side, wire: Wire) {
+    fn wire_fault(&mut self, generation: usize, side: Side, wire: Wire) {
         let mark = match wire {
             Wire::Cut { .. } => Mark::Cut,
             Wire::Reset => Mark::Reset,
@@ -118,29 +118,33 @@ impl World {
             Wire::Flip(_) => Mark::Flipped,
         };
         self.mark(mark);
-        self.pipes[side as usize].may_stall |= may_stall(wire);
+        self.pipe(generation, side).may_stall |= may_stall(wire);
         match wire {
             Wire::Cut { both, grace } => {
-                for pipe in self.cut_pipes(side, both) {
+                for pipe in self.cut_pipes(generation, side, both) {
                     pipe.closed = true;
                     pipe.grace = Some(grace);
                 }
             }
-            Wire::Reset => self.reset(),
-            Wire::Stall => self.pipes[side as usize].stuck = Some(0),
+            Wire::Reset => self.reset(generation),
+            Wire::Stall => self.pipe(generation, side).stuck = Some(0),
             Wire::Flip(_) => {}
         }
         self.progress();
     }
 
-    fn cut_pipes(&mut self, side: Side, both: bool) -> impl Iterator<Item = &mut Pipe> {
+    fn cut_pipes(&mut self, generation: usize, side: Side, both: bool) -> impl Iterator<Item = &mut Pipe> {
         let cut = side as usize;
-        self.pipes.iter_mut().enumerate().filter(move |(at, _)| both || *at == cut).map(|(_, pipe)| pipe)
+        self.pipes_of(generation)
+            .iter_mut()
+            .enumerate()
+            .filter(move |(at, _)| both || *at == cut)
+            .map(|(_, pipe)| pipe)
     }
 
     /// A reset discards the bytes that were not read.
-    fn reset(&mut self) {
-        for pipe in &mut self.pipes {
+    fn reset(&mut self, generation: usize) {
+        for pipe in self.pipes_of(generation) {
             pipe.reset = true;
             pipe.bytes.clear();
         }
@@ -149,6 +153,8 @@ impl World {
     /// Records the messages that decide about the guest, before the other end can have read them.
     fn overhear(&mut self, side: Side, parts: &[SendPart<'_>], position: u64) {
         let [SendPart::Own(bytes)] = parts else { return };
+        self.overhear_resume(side, bytes, position);
+        let before = self.commit;
         if side == Side::Target {
             let said = |message: Message<'_>| {
                 let mut out = Vec::new();
@@ -175,6 +181,24 @@ impl World {
             self.violation("the byte that commits left with the device state");
             self.commit = Some(position + end as u64 + 1);
         }
+        if self.commit != before {
+            self.commit_generation = self.generation();
+        }
+    }
+}
+
+impl World {
+    /// RESUME says on which side the guest is to be.
+    fn overhear_resume(&mut self, side: Side, bytes: &[u8], position: u64) {
+        let decoded = decode_command(bytes).ok().filter(|_| side == Side::Source);
+        let Some((Command::Native(Order::Resume(resume)), _)) = decoded else { return };
+        if resume.committed {
+            self.commit = Some(position + bytes.len() as u64);
+            self.commit_generation = self.generation();
+            self.mark(Mark::AskedBehindCommit);
+        } else {
+            self.ready = false;
+        }
     }
 }
 
@@ -198,6 +222,8 @@ fn is_cancelled(stop: &Stop) -> bool {
 pub(super) struct SimSink {
     pub(super) sim: Sim,
     pub(super) side: Side,
+    /// Of the connection: 0 for the first.
+    pub(super) generation: usize,
 }
 
 impl SimSink {
@@ -209,25 +235,24 @@ impl SimSink {
     ) -> Result<Turn<'t>, ChannelError> {
         const DOING: &str = "sending";
         let mut bytes = bytes;
+        let way = (self.generation, self.side);
         while !bytes.is_empty() {
-            let pipe = &turn.world.pipes[self.side as usize];
-            if pipe.is_broken() || turn.world.is_endless() || (self.side == Side::Target && turn.world.killed)
-            {
+            let broken_now = turn.world.pipe(self.generation, self.side).is_broken();
+            if broken_now || turn.world.is_endless() || (self.side == Side::Target && turn.world.killed) {
                 return Err(broken(DOING));
             }
             if is_cancelled(stop) {
                 return Err(ChannelError::Stopped { reason: StopReason::Cancelled, doing: DOING });
             }
-            let sent = turn.world.send_some(self.side, bytes);
+            let sent = turn.world.send_some(way, bytes);
             if sent > 0 {
                 turn.world.progress();
                 turn.world.bytes_leave(sent as u64);
                 bytes = &bytes[sent..];
                 continue;
             }
-            let side = self.side as usize;
             let ready = |world: &mut World| {
-                let pipe = &world.pipes[side];
+                let pipe = world.pipe(way.0, way.1);
                 (pipe.room() > 0 || pipe.is_broken() || is_cancelled(stop)).then_some(())
             };
             let (back, answer) = turn.wait_for(ready);
@@ -248,7 +273,7 @@ impl ByteSink for SimSink {
         if self.side == Side::Source {
             turn.world.link_sees_bytes();
         }
-        let position = turn.world.pipes[self.side as usize].sent;
+        let position = turn.world.pipe(self.generation, self.side).sent;
         turn.world.overhear(self.side, parts, position);
         for part in parts {
             turn = match part {
@@ -286,23 +311,41 @@ impl ByteSink for SimSink {
     ) -> Result<(), ChannelError> {
         let copy = descriptor.try_clone_to_owned().unwrap();
         let mut world = self.sim.world();
-        let pipe = &mut world.pipes[self.side as usize];
+        let pipe = world.pipe(self.generation, self.side);
         pipe.descriptors.push_back((pipe.sent, copy));
         drop(world);
         self.send(&[SendPart::Own(bytes)], stop)
     }
 
     fn position(&self) -> u64 {
-        let world = self.sim.world();
+        let mut world = self.sim.world();
         let pages = if self.side == Side::Source { world.link.pages_offered } else { 0 };
-        world.pipes[self.side as usize].sent + pages * PAGE as u64
+        world.pipe(self.generation, self.side).sent + pages * PAGE as u64
+    }
+
+    /// Where connections are lost, the destination waits until its last message was read.
+    fn under_way(&self) -> u64 {
+        if self.side == Side::Source || self.sim.world().plan.losses.is_empty() {
+            return 0;
+        }
+        let way = (self.generation, self.side);
+        let unread = |world: &mut World| {
+            let pipe = world.pipe(way.0, way.1);
+            (pipe.read < pipe.sent, pipe.is_broken() || pipe.closed)
+        };
+        let ready = |world: &mut World| {
+            let (unread, over) = unread(world);
+            (!unread || over || world.killed || world.is_endless()).then_some(())
+        };
+        let (mut turn, _) = self.sim.enter().wait_for(ready);
+        u64::from(unread(&mut turn.world).0)
     }
 }
 
 impl Drop for SimSink {
     fn drop(&mut self) {
         let mut world = self.sim.world();
-        world.pipes[self.side as usize].closed = true;
+        world.pipe(self.generation, self.side).closed = true;
         world.progress();
     }
 }
@@ -311,6 +354,7 @@ impl Drop for SimSink {
 pub(super) struct SimSource {
     pub(super) sim: Sim,
     pub(super) from: Side,
+    pub(super) generation: usize,
 }
 
 impl crate::transport::Sealed for SimSource {}
@@ -319,15 +363,15 @@ impl ByteSource for SimSource {
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         const DOING: &str = "receiving";
         let mut turn = self.sim.enter();
-        let pipe = &mut turn.world.pipes[self.from as usize];
+        let pipe = turn.world.pipe(self.generation, self.from);
         pipe.taken = pipe.read;
         let poll = stop.left() == Some(Duration::ZERO);
-        let from = self.from;
+        let (generation, from) = (self.generation, self.from);
         let ready = |world: &mut World| {
-            let pipe = &world.pipes[from as usize];
-            let dead = from == Side::Source && world.killed;
+            let dead = from == Side::Source && world.killed || world.is_endless();
+            let pipe = world.pipe(generation, from);
             match () {
-                () if pipe.reset || dead || world.is_endless() => Some(Err(broken(DOING))),
+                () if pipe.reset || dead => Some(Err(broken(DOING))),
                 () if is_cancelled(stop) => {
                     Some(Err(ChannelError::Stopped { reason: StopReason::Cancelled, doing: DOING }))
                 }
@@ -344,7 +388,7 @@ impl ByteSource for SimSource {
         let mut got = 0;
         for part in into {
             let count = part_len(part).min(there.min(most) - got);
-            let pipe = &mut turn.world.pipes[self.from as usize];
+            let pipe = turn.world.pipe(generation, from);
             let bytes = &pipe.bytes.make_contiguous()[..count];
             match part {
                 RecvPart::Own(room) => room[..count].copy_from_slice(bytes),
@@ -354,6 +398,7 @@ impl ByteSource for SimSource {
             pipe.read += count as u64;
             got += count;
         }
+        turn.world.commit_may_be_read(generation, from);
         turn.world.progress();
         Ok(got)
     }
@@ -363,7 +408,8 @@ impl ByteSource for SimSource {
     }
 
     fn next_descriptor(&mut self) -> Option<OwnedFd> {
-        let pipe = &mut self.sim.world().pipes[self.from as usize];
+        let mut world = self.sim.world();
+        let pipe = world.pipe(self.generation, self.from);
         let (at, _) = pipe.descriptors.front()?;
         if *at >= pipe.read {
             return None;
@@ -382,12 +428,14 @@ fn part_len(part: &RecvPart<'_>) -> usize {
 impl Drop for SimSource {
     fn drop(&mut self) {
         let mut world = self.sim.world();
-        let unread = !world.pipes[self.from as usize].bytes.is_empty();
-        world.pipes[self.from as usize].reader_gone = true;
+        let pipe = world.pipe(self.generation, self.from);
+        pipe.reader_gone = true;
+        let unread = !pipe.bytes.is_empty();
         // A socket closed with unread bytes answers with a reset, which may overtake our last messages.
-        if unread && world.plan.fault.is_some() && world.rng.one_in(2) {
+        let faulty = world.plan.fault.is_some() || !world.plan.losses.is_empty();
+        if unread && faulty && world.rng.one_in(2) {
             world.mark(Mark::Rude);
-            world.reset();
+            world.reset(self.generation);
         }
         world.progress();
     }

@@ -242,7 +242,7 @@ impl World {
 
     /// A VMM that loads device state writes to guest memory.
     fn load_touches(&mut self) {
-        let is_ours = self.commit.is_some_and(|end| self.pipes[0].read >= end);
+        let is_ours = self.commit_read;
         if !self.marks.contains(&Mark::Passed) {
             return;
         }

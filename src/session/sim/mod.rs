@@ -21,6 +21,7 @@
 //! | `link` | pages outside the stream |
 //! | `receiver` | the fences of page channels, as the destination keeps them |
 //! | `postcopy` | a source that switches, towards a modelled destination |
+//! | `resume` | connections that are lost and replaced |
 //! | `relay` | a relay's engine between modelled ends |
 //! | `snapshot` | a snapshot's engine with modelled memory and target; series of snapshots, each against the one before |
 //! | `run` | one migration, and what must hold at its end |
@@ -35,6 +36,7 @@ mod plan;
 mod postcopy;
 mod receiver;
 mod relay;
+mod resume;
 mod run;
 mod snapshot;
 mod world;
@@ -281,6 +283,14 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::AskNobody
         | Breakage::EndWithoutSource
         | Breakage::ScanBeforeFinish => &[],
+        // Of lost connections: `resume`.
+        Breakage::TrustUnconfirmed
+        | Breakage::TrustLastRound
+        | Breakage::SkipResumeFence
+        | Breakage::PlaceFromOld
+        | Breakage::AdmitOld
+        | Breakage::KeepOldState
+        | Breakage::StartWhenResumed => &[],
         Breakage::RegisterUnpromised => &["started with other memory", "differs from the source's"],
         Breakage::TrustMemory => &["started with other memory", "differs from the source's"],
         Breakage::MarkBeforeCopy => &["was told before it was there"],

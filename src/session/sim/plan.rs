@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 mod faults;
 
-use self::faults::{draw_fault, draw_second};
+use self::faults::{draw_fault, draw_loss, draw_second};
 use super::device::{Drawn, Page};
 use crate::session::Verify;
 use crate::transport::Random;
@@ -131,6 +131,15 @@ pub(super) enum Fault {
     },
 }
 
+/// How a connection is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Loss {
+    pub(super) from: Side,
+    pub(super) anchor: Anchor,
+    pub(super) at: u64,
+    pub(super) wire: Wire,
+}
+
 /// The link of the pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LinkKind {
@@ -207,6 +216,8 @@ pub(super) struct Plan {
     pub(super) bytes_per_ms: u64,
     pub(super) downtime_pages: u64,
     pub(super) fault: Option<Fault>,
+    /// How each connection is lost, where the source connects again; none: it does not.
+    pub(super) losses: Vec<Loss>,
     /// A second fault, on the wire, where the first may be of any kind: which direction, at which byte, what.
     pub(super) also: Option<(Side, u64, Wire)>,
     /// A page channel loses a page of its batch of this number, towards a ramwire.
@@ -269,6 +280,7 @@ impl Plan {
             unplugged,
             ignored,
             passed,
+            losses: Vec::new(),
             used_every: draw_used(seed),
             panics: Rng::new(seed ^ 0xdead).one_in(2),
             started: Rng::new(seed ^ 0xbeef).pick(&[Started::Not, Started::Runs, Started::RunsOn]),
@@ -313,6 +325,50 @@ impl Plan {
             stands_still: false,
             ..plan
         }
+    }
+
+    /// A seed's guest that goes to a ramwire by a plain stream, whose connections are lost again and again.
+    pub(super) fn lossy(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x1055);
+        let plan = Self::of(seed);
+        let batch_pages = rng.pick(&[1, 7, 64]);
+        let fault = match rng.below(8) {
+            0 => Some(Fault::Cancel { side: Side::Source, anchor: Anchor::Start, at: rng.below(1500) }),
+            1 => Some(Fault::Kill { anchor: Anchor::Start, at: rng.below(1500) }),
+            _ => None,
+        };
+        let losses =
+            (0..1 + rng.below(5)).map(|at| draw_loss(&mut rng, plan.total_pages(), at > 0)).collect();
+        Self {
+            losses,
+            peer: rng.pick(&[PeerKind::Greeted, PeerKind::Ramwire]),
+            link: LinkKind::Inline { batch_pages },
+            watched: false,
+            fault,
+            also: None,
+            drops: None,
+            stands_still: false,
+            hint_every: 0,
+            plugs: Vec::new(),
+            unplugged: BTreeSet::new(),
+            passed: BTreeSet::new(),
+            ..plan
+        }
+    }
+
+    /// As [`lossy`](Self::lossy), with an attempt that the source gives up behind RESUME and that may be taken late, and a loss
+    /// near COMMIT.
+    pub(super) fn lossy_with_a_late_attempt(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x57a1e);
+        let loss =
+            |anchor, at| Loss { from: Side::Source, anchor, at, wire: Wire::Cut { both: true, grace: 0 } };
+        let plan = Self::lossy(seed);
+        let losses = vec![
+            loss(Anchor::Start, plan.total_pages() * 2000),
+            loss(Anchor::Start, 43),
+            loss(Anchor::Pause, rng.below(3000)),
+        ];
+        Self { losses, fault: None, writes: 1, verify: Verify::Off, ..plan }
     }
 
     /// The same guest towards a ramwire, with fingerprints and no other fault. After a refusal it stays paused, so that

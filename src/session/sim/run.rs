@@ -8,6 +8,7 @@ use super::device::{SimDiscards, hint_breakage};
 use super::guest::{Guest, PAGE, SimControl, SimLog, SimMemory, SimProvider, Watcher};
 use super::link::{SimLink, SmallBatches};
 use super::plan::{Fault, LinkKind, PeerKind, Plan, Side, Wire};
+use super::resume::{Again, Takes};
 use super::world::{Mark, Sim, World};
 use crate::engine::{Ending, Outcome, Reason};
 use crate::guest::DirtySource;
@@ -52,7 +53,7 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
         SourceGuest { memory: memory.clone(), dirty: (0..plan.logs.len()).map(log).collect(), control };
     let link: Box<dyn SourceLink> = match plan.link {
         LinkKind::Inline { batch_pages } => {
-            let sink = Box::new(SimSink { sim: sim.clone(), side: Side::Source });
+            let sink = Box::new(SimSink { sim: sim.clone(), side: Side::Source, generation: 0 });
             Box::new(SmallBatches {
                 sim: sim.clone(),
                 link: InlineLink::new(sink, memory),
@@ -61,9 +62,10 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
         }
         LinkKind::Late(link) => Box::new(SimLink::new(sim, link)),
     };
-    let back = SimSource { sim: sim.clone(), from: Side::Target };
+    let back = SimSource { sim: sim.clone(), from: Side::Target, generation: 0 };
     let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
     let micros = plan.downtime_pages * PAGE as u64 * 1000 / plan.bytes_per_ms;
+    let lossy = !plan.losses.is_empty();
     let settings = SourceSettings {
         downtime_limit: Duration::from_micros(micros),
         verify: if plan.peer == PeerKind::Qemu { Verify::Off } else { plan.verify },
@@ -75,11 +77,15 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
         clear_shift: ClearShift::new(plan.clear_shift).unwrap(),
         pass_memory: !plan.passed.is_empty(),
         migration_id: MIGRATION_ID,
+        reconnect_timeout: if lossy { Again::TIMEOUT } else { Duration::ZERO },
         ..SourceSettings::new(configuration)
     };
     let mut session = SourceSession::new(guest, SourceConnection::new(link, Some(Box::new(back))), settings);
     session.count_time_by(Box::new(SimClock(sim.clone())));
     session.break_order(breakage);
+    if lossy {
+        session = session.with_reconnect(Box::new(Again(sim.clone())));
+    }
     if plan.hint_every > 0 {
         let hints = session.page_hints();
         hints.break_orders(hint_breakage(breakage));
@@ -93,21 +99,26 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
 }
 
 fn destination(sim: &Sim, breakage: Breakage) -> DestinationSession {
-    let watched = sim.world().plan.watched;
+    let plan = Arc::clone(&sim.world().plan);
+    let (watched, lossy) = (plan.watched, !plan.losses.is_empty());
+    let reconnect_timeout = if lossy { Duration::from_secs(600) } else { Duration::ZERO };
     let session = DestinationSession::new(
         DestinationGuest {
             memory: Box::new(SimProvider(sim.clone())),
             control: Box::new(SimControl { sim: sim.clone(), side: Side::Target }),
         },
         DestinationConnection::new(
-            Box::new(SimSource { sim: sim.clone(), from: Side::Source }),
-            Some(Box::new(SimSink { sim: sim.clone(), side: Side::Target })),
+            Box::new(SimSource { sim: sim.clone(), from: Side::Source, generation: 0 }),
+            Some(Box::new(SimSink { sim: sim.clone(), side: Side::Target, generation: 0 })),
         ),
-        DestinationSettings { take_memory: true, ..DestinationSettings::default() },
+        DestinationSettings { take_memory: true, reconnect_timeout, ..DestinationSettings::default() },
     );
     sim.world().cancel[1] = Some(session.cancel_token());
     let mut session = if watched { session.with_arrival(Box::new(Watcher::new(sim))) } else { session };
     session.break_order(breakage);
+    if lossy {
+        session.resumed_by(Box::new(Takes(sim.clone())));
+    }
     // The simulation's steps know nothing of a third thread, and a busy machine may take a second for one.
     session.keep_alive_every(Duration::MAX);
     session
@@ -182,9 +193,12 @@ impl Run {
             outcome != Outcome::Completed || !marked(Mark::Dropped),
             "a page was lost on its way and the migration is called complete",
         );
-        let only = world.plan.fault.filter(|_| world.plan.also.is_none() && !marked(Mark::Dropped));
+        let lossy = !world.plan.losses.is_empty();
+        let only = world.plan.fault.filter(|_| !lossy && world.plan.also.is_none() && !marked(Mark::Dropped));
         let faultless = match world.plan.fault {
             _ if marked(Mark::Dropped) => false,
+            // Lost before the destination had all that it needs to wait for another.
+            None if lossy => outcome == Outcome::Completed || self.sent.statistics.lost.count > 0,
             None => true,
             Some(Fault::Log { .. } | Fault::Link { .. }) => world.marks.is_empty(),
             _ => false,
@@ -193,10 +207,13 @@ impl Run {
             must(outcome == Outcome::Completed, "nothing was wrong and the guest did not move");
             must(self.arrived.verified == self.digest_is_due(), "the digest was not compared");
             let looked = self.digest_is_due() && world.plan.verify == Verify::Fast;
+            // The connection may be lost behind RUNNING.
+            let checked =
+                |check: &Option<MemoryCheck>| lossy && matches!(check, Some(MemoryCheck::NotMade { .. }));
             let equal = |check: &Option<MemoryCheck>| matches!(check, Some(MemoryCheck::Equal { .. }));
             let checks = [&self.sent.memory_check, &self.arrived.memory_check];
             must(
-                checks.iter().all(|check| equal(check) == looked),
+                checks.iter().all(|check| equal(check) == looked || checked(check)),
                 "the source's memory was not found to be what was sent",
             );
             must(
@@ -251,6 +268,7 @@ impl Run {
             Outcome::InDoubt => {
                 must(!here, "the source's guest runs although the outcome is in doubt");
                 must(world.commit.is_some(), "in doubt before COMMIT");
+                must(!lossy || world.killed, "in doubt although both ends live");
                 must(self.sent.error.is_some(), "no reason is given");
             }
         }
@@ -310,6 +328,7 @@ pub(super) fn run_plan(planned: &Plan, breakage: Breakage) -> Result<Run, Vec<St
         fault: None,
         also: None,
         drops: None,
+        losses: Vec::new(),
         ..planned.clone()
     };
     let nothing = Plan { blocks: Vec::new(), unplugged: Default::default(), ..plan.clone() };

@@ -5,6 +5,7 @@
 //! fall due, the turn may pass to the other side. All of it follows from the seed.
 
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use super::channel::Pipe;
 use super::device::Device;
 use super::guest::{Guest, LogState};
 use super::link::LinkState;
-use super::plan::{Anchor, Fault, Plan, Rng, Side, Wire};
+use super::plan::{Anchor, Fault, Loss, Plan, Rng, Side, Wire};
 use crate::sys::{CancelToken, Lock as _};
 
 /// A migration that takes more steps does not end.
@@ -48,6 +49,10 @@ pub(super) enum Mark {
     Unplugged,
     Plugged,
     Passed,
+    /// The source asked for the guest that it has handed over.
+    AskedBehindCommit,
+    /// The destination took a connection while an older one was still to be taken.
+    Overtook,
 }
 
 #[derive(Debug)]
@@ -61,6 +66,12 @@ pub(super) struct World {
     pub(super) device: Device,
     /// What the source sends, what the destination sends.
     pub(super) pipes: [Pipe; 2],
+    /// Those of earlier connections, and the connections that the destination has not taken.
+    old_pipes: Vec<[Pipe; 2]>,
+    pub(super) offered: Vec<usize>,
+    /// Losses of the connections to come, and one of this connection that is due behind the pause.
+    losses: VecDeque<Loss>,
+    behind_pause: Option<Loss>,
     pub(super) link: LinkState,
     pub(super) cancel: [Option<CancelToken>; 2],
     pub(super) killed: bool,
@@ -69,6 +80,8 @@ pub(super) struct World {
     /// The destination has sent READY, the source COMMIT (and where it ends), a QEMU SHUT(1).
     pub(super) ready: bool,
     pub(super) commit: Option<u64>,
+    pub(super) commit_generation: usize,
+    pub(super) commit_read: bool,
     pub(super) refused: bool,
     /// The destination's guest has run.
     pub(super) ran_there: bool,
@@ -96,7 +109,14 @@ impl World {
             // If both are in the same direction the first counts.
             pipes[from as usize].fault.get_or_insert((at, wire));
         }
-        Self {
+        let losses = plan.losses.iter().copied().collect();
+        let mut world = Self {
+            old_pipes: Vec::new(),
+            offered: Vec::new(),
+            losses,
+            behind_pause: None,
+            commit_generation: 0,
+            commit_read: false,
             rng: Rng::new(plan.seed ^ 0x5eed),
             now: Duration::ZERO,
             logs: plan.logs.iter().map(|kind| LogState::new(*kind, &plan)).collect(),
@@ -122,7 +142,54 @@ impl World {
             done: [false; 2],
             guest,
             plan,
+        };
+        world.arm();
+        world
+    }
+
+    /// The number of the newest connection.
+    pub(super) fn generation(&self) -> usize {
+        self.old_pipes.len()
+    }
+
+    /// Both directions of a connection.
+    pub(super) fn pipes_of(&mut self, generation: usize) -> &mut [Pipe; 2] {
+        self.old_pipes.get_mut(generation).unwrap_or(&mut self.pipes)
+    }
+
+    /// What `side` sends on a connection.
+    pub(super) fn pipe(&mut self, generation: usize, side: Side) -> &mut Pipe {
+        &mut self.pipes_of(generation)[side as usize]
+    }
+
+    /// The source connects again: the number of the new connection.
+    pub(super) fn connect_again(&mut self) -> usize {
+        let capacity = self.plan.capacity;
+        let old = std::mem::replace(&mut self.pipes, [Pipe::new(capacity), Pipe::new(capacity)]);
+        self.old_pipes.push(old);
+        let generation = self.generation();
+        self.offered.push(generation);
+        self.arm();
+        self.progress();
+        generation
+    }
+
+    /// The loss of the newest connection is due.
+    fn arm(&mut self) {
+        self.behind_pause = None;
+        match self.losses.pop_front() {
+            Some(Loss { from, anchor: Anchor::Start, at, wire }) => {
+                self.pipes[from as usize].fault.get_or_insert((at, wire));
+            }
+            late => self.behind_pause = late,
         }
+    }
+
+    /// The destination has read bytes of a connection.
+    pub(super) fn commit_may_be_read(&mut self, generation: usize, from: Side) {
+        let here = from == Side::Source && generation == self.commit_generation;
+        let read = self.pipe(generation, from).read;
+        self.commit_read |= here && self.commit.is_some_and(|end| read >= end);
     }
 
     pub(super) fn violation(&mut self, what: impl Into<String>) {
@@ -179,6 +246,10 @@ impl World {
     /// The guest was paused: what counts from there is due.
     pub(super) fn pause_begins(&mut self) {
         self.paused = true;
+        if let Some(Loss { from, at, wire, .. }) = self.behind_pause.take() {
+            let pipe = &mut self.pipes[from as usize];
+            pipe.fault = Some((pipe.sent + at, wire));
+        }
         let steps = self.steps;
         match &mut self.fault {
             Some(Fault::Wire { from, anchor: Anchor::Pause, at, wire }) => {
@@ -236,7 +307,7 @@ impl World {
     }
 
     pub(super) fn stall_is_expected(&self) -> bool {
-        self.is_endless() || self.pipes.iter().any(|pipe| pipe.may_stall)
+        self.is_endless() || !self.plan.losses.is_empty() || self.pipes.iter().any(|pipe| pipe.may_stall)
     }
 }
 

@@ -49,6 +49,14 @@ impl Prints {
         }
     }
 
+    /// The connection was replaced. What was not told yet is told of `held`, which the destination has, at the end of the next
+    /// round; the others are sent again.
+    pub(super) fn replaced(&mut self, held: &PageSet) {
+        if self.table.is_some() {
+            self.round = held.clone();
+        }
+    }
+
     /// A PONG has arrived.
     pub(super) fn answered(&mut self, value: u32) {
         self.compared |= value == COMPARED_PING;
@@ -79,8 +87,11 @@ impl Prints {
 }
 
 impl SourceSession {
-    /// Both ends have agreed: pages have fingerprints from here on.
+    /// Both ends have agreed on everything: pages have fingerprints from here on, if they are to.
     pub(super) fn begin_fingerprints(&mut self) {
+        if self.settings.verify != Verify::Fast {
+            return;
+        }
         let table = self.guest.memory.table();
         let prints = Arc::new(Fingerprints::new(table, self.settings.migration_id));
         self.pages.prints = Prints {
@@ -196,14 +207,13 @@ impl SourceSession {
     }
 
     /// Fast was requested: the peer must support it.
-    pub(super) fn agree_on_fingerprints(&mut self, agreed: bool, version: u16) -> Result<(), Error> {
+    pub(super) fn agree_on_fingerprints(&self, agreed: bool, version: u16) -> Result<(), Error> {
         if self.settings.verify != Verify::Fast {
             return Ok(());
         }
         if !agreed || version < FINGERPRINTS_VERSION {
             return Err(no_fingerprints("the destination is an older ramwire"));
         }
-        self.begin_fingerprints();
         Ok(())
     }
 

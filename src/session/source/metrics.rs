@@ -5,8 +5,8 @@ use std::time::Duration;
 use crate::engine::{Outcome, Reason, SourceAction, Throttler, Waiting};
 use crate::error::Chain;
 use crate::observe::{
-    DeltaCounts, Latency, PageCounts, PassedMemory, RoundReport, SharedStatistics, SkippedPages,
-    SpliceCounts, Status, ZeroCopyCounts,
+    DeltaCounts, Latency, LostConnection, PageCounts, PassedMemory, RoundReport, SharedStatistics,
+    SkippedPages, SpliceCounts, Status, ZeroCopyCounts,
 };
 use crate::ram::{PageBatch, RamBlockTable, RoundKind};
 use crate::units::Rate;
@@ -32,6 +32,8 @@ enum Part {
 struct Round {
     report: RoundReport,
     pages: PageCounts,
+    /// Begun and not closed.
+    open: bool,
     began: Duration,
     /// Its start: bytes in all, bytes on page channels, deltas.
     from: u64,
@@ -189,6 +191,32 @@ impl Figures {
         self.shared.update(|s| s.status = Status::PostcopyActive);
     }
 
+    /// The guest runs on here after it was paused.
+    pub(super) fn runs_on(&mut self, now: Duration) {
+        self.close_part(now);
+        self.downtime.paused_at = None;
+        self.shared.update(|s| s.status = Status::Active);
+    }
+
+    /// The connection is lost, and another may follow.
+    pub(super) fn lost(&mut self, now: Duration, position: u64, committed: bool, why: String) {
+        if std::mem::take(&mut self.round.open) {
+            self.round_closed(now, position);
+        }
+        let (at_ms, round) = (millis(now), self.round.report.round);
+        self.shared.update(|s| {
+            let mut lost = LostConnection::default();
+            (lost.at_ms, lost.round, lost.committed, lost.why) = (at_ms, round, committed, why);
+            s.lost.lose(lost);
+        });
+    }
+
+    /// The ends go on over another connection, and so many pages are sent again.
+    pub(super) fn replaced(&mut self, now: Duration, pages: u64) {
+        let page_bytes = self.page_bytes;
+        self.shared.update(|s| s.lost.replace(millis(now), pages, page_bytes));
+    }
+
     /// Postcopy: a thread waits for pages.
     pub(super) fn requested(&mut self) {
         self.shared.update(|s| s.postcopy_requests += 1);
@@ -255,11 +283,13 @@ impl Figures {
         });
         self.round.report = round;
         self.round.pages = PageCounts::default();
+        self.round.open = true;
         self.round.began = now;
         self.round.from_deltas = self.deltas;
     }
 
     pub(super) fn round_closed(&mut self, now: Duration, position: u64) {
+        self.round.open = false;
         let took = now.saturating_sub(self.round.began);
         self.round.report.pages = as_sent(self.round.pages, self.deltas, self.round.from_deltas);
         self.round.report.bytes = position - self.round.from;

@@ -16,6 +16,7 @@ mod postcopy;
 mod rates;
 mod recovery;
 mod release;
+mod resume;
 mod return_path;
 mod rounds;
 mod setup;
@@ -298,9 +299,11 @@ impl SourceSession {
             SourceAction::SendPackage => self.send_package(),
             SourceAction::SendMissing => self.send_missing(),
             SourceAction::EndPostcopy => self.end_postcopy(),
+            SourceAction::ResumeGuest => self.let_guest_run(),
             SourceAction::Reconnect => self.reconnect(),
             SourceAction::AskReceived => self.ask_received(),
-            SourceAction::CompareReceived => self.compare_received(),
+            SourceAction::CompareReceived if self.driver.engine.is_postcopy() => self.compare_received(),
+            SourceAction::CompareReceived => self.compare_held(),
             SourceAction::ResumePages => self.resume_pages(),
             SourceAction::Commit => self.commit(),
             SourceAction::ReportSilence => self.report_silence(),

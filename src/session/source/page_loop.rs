@@ -44,7 +44,7 @@ impl SourceSession {
         let pages_left = self.pages.dirty.count();
         self.figures.sent(self.driver.clock.now(), bytes, pages_left, self.driver.engine.rate());
         self.figures.channel_bytes(self.wire.link.channel_bytes());
-        self.figures.deltas(self.wire.link.deltas());
+        self.figures.deltas(self.wire.deltas());
         self.driver.engine.set_under_way(self.wire.link.under_way());
         let guest = self.figures.whole_bytes() - guest_before;
         Ok(SourceEvent::Sent { pages_left, sent: Sent { guest, wire: bytes } })

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::Pace;
+use crate::engine::{Pace, Unconfirmed};
 use crate::observe::PageCounts;
 use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageBatch, PageRun, RamBlockTable};
@@ -23,6 +23,8 @@ pub(super) struct Pages {
     pub(super) skips: Skips,
     pub(super) pace: Pace,
     pub(super) prints: Prints,
+    /// Pages that were sent and not confirmed, where a lost connection may be followed by another.
+    pub(super) unconfirmed: Option<Unconfirmed>,
     spare: Vec<PageBatch>,
     pub(super) returned: Vec<Returned>,
     aside: Aside,
@@ -48,6 +50,7 @@ impl Pages {
             skips: Skips::default(),
             pace,
             prints: Prints::default(),
+            unconfirmed: None,
             spare: Vec::new(),
             returned: Vec::new(),
             aside: Aside::default(),
@@ -84,6 +87,9 @@ impl Pages {
         let run = self.search.next_run(&mut self.dirty, room)?;
         self.skips.sent(run);
         self.prints.sent(run);
+        if let Some(unconfirmed) = &mut self.unconfirmed {
+            unconfirmed.sent(run);
+        }
         Some(run)
     }
 

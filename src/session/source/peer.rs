@@ -244,6 +244,9 @@ impl SourceSession {
                 release.answered(value);
             }
         }
+        if let PeerMessage::Fenced(number) = message {
+            return self.fence_confirmed(number).map(|()| None);
+        }
         let event = match &message {
             PeerMessage::Working => SourceEvent::Working,
             PeerMessage::Ready => SourceEvent::Ready,
@@ -269,9 +272,13 @@ impl SourceSession {
 
     /// Why the peer failed, if it reported that before the connection broke. Its other messages no longer matter.
     pub(super) fn peer_failure(&mut self) -> Option<Error> {
-        let back = self.wire.back.as_mut()?;
         for _ in 0..MAX_MESSAGES {
-            let message = back.poll().ok()??;
+            let message = self.wire.back.as_mut()?.poll().ok()??;
+            if let PeerMessage::Fenced(number) = message {
+                // What it had in place by then counts behind the loss, too.
+                let _ = self.fence_confirmed(number);
+                continue;
+            }
             if let Err(error @ Error::PeerFailed { .. }) = refuse_verdict(message) {
                 return Some(error);
             }

@@ -1,4 +1,6 @@
-//! Another connection after one was lost after the switch to postcopy.
+//! Another connection after one was lost.
+//!
+//! After the switch to postcopy:
 //!
 //! ```text
 //! S->D  RECV_BITMAP(block) for each block          D->S  RECV_BITMAP(block), bitmap
@@ -9,33 +11,38 @@
 //! # Required order
 //!
 //! A page that the destination has not received is dirty, even if it was sent: no page in flight is lost. The guest
-//! never runs here again.
+//! never runs here again. Before the switch, and without one, `resume` has what the ends say to each other.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Handover, SourceEvent};
+use crate::engine::{Handover, Lost, SourceEvent};
 use crate::error::{Chain, Remedy};
 use crate::observe::Status;
 use crate::page::PageSearch;
-use crate::ram::{DirtyMap, PageRun};
+use crate::ram::{DirtyMap, PageRun, RamBlock};
 use crate::stream::qemu::command::Command;
 use crate::sys::{SendPart, Stop};
 use crate::transport::{
-    Address, ByteSink, ByteSource, ChannelError, InlineLink, OpenError, StreamChannel, StreamOptions, connect,
+    Address, ByteSink, ByteSource, ChannelError, InlineLink, OpenError, StreamChannel, StreamOptions, Tls,
+    connect,
 };
 use crate::units::{BlockIndex, PageIndex};
 
 use super::SourceSession;
 use super::peer::refuse_verdict;
+use super::resume::Resumption;
 use super::return_path::{PeerMessage, ReturnPath, check_deadline};
 use crate::session::callback::named;
+use crate::session::connection::Attempt;
 use crate::session::{Breakage, Error, ErrorKind};
 
 /// Shortest and longest interval between two attempts to connect.
 const FIRST_RETRY_INTERVAL: Duration = Duration::from_millis(5);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(500);
+/// How long an attempt may take where there is another address to try.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Each of this many lost connections is followed by one attempt, even after the timeout.
 const LATE_ATTEMPTS: u32 = 8;
 /// Maximum number of bitmaps that are requested ahead of their answers. A peer that writes one reads no request
@@ -67,11 +74,13 @@ pub trait Reconnect: Send {
     fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError>;
 }
 
-/// Connects to one address, or to the one that last replaced it.
+/// Connects to one address or to others of the same destination, or to the one that last replaced them.
 #[derive(Clone, Debug)]
 pub struct Redial {
     address: Address,
     options: StreamOptions,
+    /// Where else the destination may be reached.
+    others: VecDeque<Address>,
 }
 
 impl Redial {
@@ -80,26 +89,50 @@ impl Redial {
     pub fn new(address: Address, options: StreamOptions) -> Self {
         let tcp = address.host_and_port().filter(|_| address.decides_late());
         let address = tcp.map(|(host, port)| Address::tcp(host, port)).unwrap_or(address);
-        Self { address, options }
+        Self { address, options, others: VecDeque::new() }
+    }
+
+    /// Other addresses at which the same destination listens, in the order in which they are tried: each attempt that fails is
+    /// followed by one to the next address. They use TLS if the first address does.
+    pub fn with_fallbacks(mut self, fallbacks: impl IntoIterator<Item = Address>) -> Self {
+        let tls = self.address.tls().cloned();
+        self.others = fallbacks.into_iter().map(|address| with_tls(address, tls.as_ref())).collect();
+        self
+    }
+
+    /// Connects to the present address, or makes the next one the present.
+    fn connect_once(&mut self, stop: &Stop) -> Result<NewConnection, OpenError> {
+        let once = |address: &Address| OpenError::OnlyOne { address: address.to_string() };
+        // A descriptor, a command or a file exists only once.
+        if !matches!(self.address.scheme(), "tcp" | "unix") {
+            return Err(once(&self.address));
+        }
+        let stop = if self.others.is_empty() { stop.clone() } else { stop.within(ATTEMPT_TIMEOUT) };
+        let channel = connect(&self.address, &self.options, &stop)?;
+        NewConnection::over(channel).ok_or_else(|| once(&self.address))
+    }
+}
+
+/// An address of a destination whose others use `tls`.
+fn with_tls(address: Address, tls: Option<&Tls>) -> Address {
+    match (address.tls(), tls) {
+        (None, Some(tls)) => address.with_tls(tls.clone()),
+        _ => address,
     }
 }
 
 impl Reconnect for Redial {
     fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
         if let Some(address) = address {
-            let address = match (address.tls(), self.address.tls()) {
-                (None, Some(tls)) => address.clone().with_tls(tls.clone()),
-                _ => address.clone(),
-            };
-            *self = Self::new(address, self.options);
+            *self = Self::new(with_tls(address.clone(), self.address.tls()), self.options);
         }
-        let once = || OpenError::OnlyOne { address: self.address.to_string() };
-        // A descriptor, a command or a file exists only once.
-        if !matches!(self.address.scheme(), "tcp" | "unix") {
-            return Err(once());
+        let connected = self.connect_once(stop);
+        if connected.is_err()
+            && let Some(next) = self.others.pop_front()
+        {
+            self.others.push_back(std::mem::replace(&mut self.address, next));
         }
-        let channel = connect(&self.address, &self.options, stop)?;
-        NewConnection::over(channel).ok_or_else(once)
+        connected
     }
 }
 
@@ -108,11 +141,14 @@ impl Reconnect for Redial {
 pub(super) struct Recovery {
     reconnect: Option<Box<dyn Reconnect>>,
     /// Set from the loss of a connection until the ends have agreed to continue.
-    loss: Option<Loss>,
+    pub(super) loss: Option<Loss>,
+    pub(super) resumption: Resumption,
+    /// Why it was lost, before the guest ran at the destination.
+    lost_by: Option<Error>,
 }
 
 /// A connection was lost, and possibly others after it, before the ends agreed to continue.
-struct Loss {
+pub(super) struct Loss {
     since: Instant,
     /// Pause before the next attempt. It grows with each attempt, even if one succeeds and the connection is lost again
     /// immediately: a listener that accepts and closes does not keep the source busy.
@@ -174,8 +210,9 @@ impl ByteSink for Gone {
 }
 
 impl SourceSession {
-    /// How to reach the destination again if the connection is lost after a switch to postcopy, for as long as
-    /// [`reconnect_timeout`](crate::session::PostcopySettings::reconnect_timeout) allows.
+    /// How to reach the destination again if the connection is lost: after a switch to postcopy for as long as
+    /// [`PostcopySettings::reconnect_timeout`](crate::session::PostcopySettings::reconnect_timeout) allows, otherwise as
+    /// [`SourceSettings::reconnect_timeout`](crate::session::SourceSettings::reconnect_timeout) does.
     pub fn with_reconnect(mut self, reconnect: Box<dyn Reconnect>) -> Self {
         let allowed = self.settings.postcopy.as_ref().is_some_and(|p| p.reconnect_timeout > Duration::ZERO);
         self.driver.engine.set_recoverable(allowed);
@@ -191,7 +228,7 @@ impl SourceSession {
             && match error.kind() {
                 ErrorKind::Channel => agreeing || !no_answer,
                 // An operator closed it: nothing else cancels a wait after the switch.
-                ErrorKind::Cancelled => true,
+                ErrorKind::Cancelled => self.driver.engine.is_postcopy(),
                 // Its bitmaps can't be trusted; the next connection may be to another peer.
                 ErrorKind::Peer => agreeing && !matches!(error, Error::PeerFailed { .. }),
                 ErrorKind::Config | ErrorKind::Local => false,
@@ -203,23 +240,33 @@ impl SourceSession {
     /// # Errors
     /// The time limit was reached.
     pub(super) fn reconnect(&mut self) -> Result<SourceEvent, Error> {
-        self.drop_connection();
+        let lost = self.driver.engine.lost().unwrap_or(Lost::Postcopy);
+        self.drop_connection(lost);
         if self.breakage.is(Breakage::ResumeAfterLoss) {
             let _ = self.guest.control.resume();
         }
-        let after = self.settings.postcopy.as_ref().map_or(Duration::ZERO, |p| p.reconnect_timeout);
-        let NewConnection { sink, back } = self.next_connection(after)?;
+        let NewConnection { sink, back } = self.next_connection(lost)?;
         let link = Box::new(InlineLink::new(sink, Arc::clone(&self.guest.memory)));
         let mut back = ReturnPath::new(back);
         back.acknowledge_at_once();
         self.wire.replace(link, Some(back));
-        self.wire.stop = self.driver.control.connection().connected();
-        self.figures.shared().update(|s| s.status = Status::PostcopyRecover);
+        self.wire.stop = match lost {
+            Lost::Postcopy => self.driver.control.connection().connected(),
+            Lost::BeforeCommit => Stop::on(&self.cancel_token()),
+            Lost::BehindCommit => Stop::never().within(self.settings.finish_timeout),
+        };
+        if lost == Lost::Postcopy {
+            self.figures.shared().update(|s| s.status = Status::PostcopyRecover);
+        }
         Ok(SourceEvent::Done)
     }
 
     /// Tries until an attempt succeeds or the time is over.
-    fn next_connection(&mut self, after: Duration) -> Result<NewConnection, Error> {
+    fn next_connection(&mut self, lost: Lost) -> Result<NewConnection, Error> {
+        let after = match (lost, &self.settings.postcopy) {
+            (Lost::Postcopy, Some(postcopy)) => postcopy.reconnect_timeout,
+            _ => self.settings.reconnect_timeout,
+        };
         let mut must_be_told = self.must_be_told();
         let (driver, recovery) = (&self.driver, &mut self.missing.recovery);
         recovery.loss.get_or_insert_with(Loss::new);
@@ -232,7 +279,14 @@ impl SourceSession {
                 break;
             }
             let left = left.max(FIRST_RETRY_INTERVAL);
-            let attempt = driver.control.connection().next();
+            let attempt = match lost {
+                Lost::Postcopy => driver.control.connection().next(),
+                Lost::BeforeCommit => Attempt::until(Stop::on(&driver.control.canceller().token())),
+                Lost::BehindCommit => Attempt::until(Stop::never()),
+            };
+            if lost == Lost::BeforeCommit && attempt.stop.reason().is_some() {
+                return Err(Error::Cancelled);
+            }
             must_be_told &= attempt.address.is_none();
             if attempt.held || must_be_told {
                 attempt.stop.sleep(left);
@@ -252,7 +306,11 @@ impl SourceSession {
                 }
             }
         }
-        Err(unreachable_again(after))
+        let found = recovery.lost_by.take().filter(|_| lost != Lost::Postcopy);
+        if found.is_some() {
+            tracing::warn!(seconds = after.as_secs_f32(), "the destination was not reached again");
+        }
+        Err(found.unwrap_or_else(|| unreachable_again(after)))
     }
 
     /// A QEMU from 10.1 on with postcopy-preempt keeps listening. If a connection arrives before it has noticed the
@@ -264,20 +322,36 @@ impl SourceSession {
             && !self.breakage.is(Breakage::ReconnectUntold)
     }
 
-    fn drop_connection(&mut self) {
+    fn drop_connection(&mut self, lost: Lost) {
         let gone = InlineLink::new(Box::new(Gone), Arc::clone(&self.guest.memory));
         self.wire.replace(Box::new(gone), None);
         self.missing.forget_connection(&self.guest.memory, self.breakage);
         self.pages.search = PageSearch::default();
-        self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
-        if let Some(error) = &self.error {
-            tracing::warn!(error = %Chain(error), "the connection is lost; the guest runs at the destination");
+        if lost == Lost::Postcopy {
+            self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
+        }
+        let error = self.error.as_ref().map(|error| Chain(error).to_string()).unwrap_or_default();
+        let guest = match lost {
+            Lost::Postcopy => "the guest runs at the destination",
+            Lost::BehindCommit => "the guest was handed over",
+            Lost::BeforeCommit => "the guest runs on here",
+        };
+        tracing::warn!(error = error.as_str(), guest, "the connection is lost");
+        if lost != Lost::Postcopy {
+            let committed = lost == Lost::BehindCommit;
+            let position = self.wire.position();
+            self.figures.lost(self.driver.clock.now(), position, committed, error);
+            // The next loss has a reason of its own.
+            self.missing.recovery.lost_by = self.error.take();
         }
     }
 
     /// Sends the first bytes of the new connection: the first request, whose answer is read later. They show the peer
     /// that this connection continues the migration.
     pub(super) fn ask_received(&mut self) -> Result<SourceEvent, Error> {
+        if !self.driver.engine.is_postcopy() {
+            return self.send_resume();
+        }
         let memory = Arc::clone(&self.guest.memory);
         let first = memory.table().blocks().iter().find(|block| !block.flags.ignored);
         if let Some(block) = first.filter(|_| !self.breakage.is(Breakage::SkipBitmaps)) {
@@ -298,28 +372,14 @@ impl SourceSession {
         let table = memory.table();
         let stop = self.wire.stop.within(self.settings.stall_timeout);
         let mut dirty = DirtyMap::new(table, self.settings.clear_shift);
-        let mut blocks = (0..).map(BlockIndex).zip(table.blocks()).filter(|(_, block)| !block.flags.ignored);
         // The first is already requested.
-        let mut asked: VecDeque<_> = blocks.next().into_iter().collect();
-        loop {
-            while asked.len() < MAX_ASKED
-                && let Some((index, block)) = blocks.next()
-            {
-                let mut out = Vec::new();
-                Command::RecvBitmap { block: block.name.as_str() }.encode(&mut out);
-                self.wire.link.sink().send(&[SendPart::Own(&out)], &stop)?;
-                asked.push_back((index, block));
-            }
-            self.wire.link.sink().flush(&stop)?;
-            let Some((index, block)) = asked.pop_front() else { break };
-            let pages = table.pages_of(block);
-            let bits = self.received_bitmap(block.name.as_str(), pages, &stop)?;
-            missing_runs(&bits, pages).for_each(|(first, pages)| {
+        self.bitmaps(1, &stop, |index, block, bits| {
+            bit_runs(bits, table.pages_of(block), false).for_each(|(first, pages)| {
                 dirty.set_run(PageRun { block: index, first: PageIndex(first), pages });
             });
             // The target pages of a host page are sent together.
             dirty.widen(index, table.page().pages_in(block.host_page.bytes()).max(1));
-        }
+        })?;
         self.confirm_received(&dirty)?;
         self.pages.dirty = dirty;
         let now = self.driver.clock.now();
@@ -330,6 +390,34 @@ impl SourceSession {
             self.figures.taken(now);
         }
         Ok(SourceEvent::Done)
+    }
+
+    /// Requests the bitmap of each block, but of the first `asked`, for which that was done, and passes each on.
+    pub(super) fn bitmaps(
+        &mut self,
+        asked: usize,
+        stop: &Stop,
+        mut take: impl FnMut(BlockIndex, &RamBlock, &[u8]),
+    ) -> Result<(), Error> {
+        let memory = Arc::clone(&self.guest.memory);
+        let table = memory.table();
+        let mut blocks = (0..).map(BlockIndex).zip(table.blocks()).filter(|(_, block)| !block.flags.ignored);
+        let mut asked: VecDeque<_> = blocks.by_ref().take(asked).collect();
+        loop {
+            while asked.len() < MAX_ASKED
+                && let Some((index, block)) = blocks.next()
+            {
+                let mut out = Vec::new();
+                Command::RecvBitmap { block: block.name.as_str() }.encode(&mut out);
+                self.wire.link.sink().send(&[SendPart::Own(&out)], stop)?;
+                asked.push_back((index, block));
+            }
+            self.wire.link.sink().flush(stop)?;
+            let Some((index, block)) = asked.pop_front() else { return Ok(()) };
+            let pages = table.pages_of(block);
+            let bits = self.received_bitmap(block.name.as_str(), pages, stop)?;
+            take(index, block, &bits);
+        }
     }
 
     fn received_bitmap(&mut self, name: &str, pages: u64, stop: &Stop) -> Result<Vec<u8>, Error> {
@@ -379,16 +467,16 @@ impl SourceSession {
     }
 }
 
-/// Runs of zero bits among the first `pages`: bit i of byte i / 8 is page i.
-fn missing_runs(bits: &[u8], pages: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
-    let is_here = |page: u64| bits.get((page / 8) as usize).is_some_and(|byte| byte >> (page % 8) & 1 == 1);
+/// Runs of bits that are `set` or not among the first `pages`: bit i of byte i / 8 is page i.
+pub(super) fn bit_runs(bits: &[u8], pages: u64, set: bool) -> impl Iterator<Item = (u64, u64)> + '_ {
+    let is_set = |page: u64| bits.get((page / 8) as usize).is_some_and(|byte| byte >> (page % 8) & 1 == 1);
     let mut page = 0;
     std::iter::from_fn(move || {
-        while page < pages && is_here(page) {
+        while page < pages && is_set(page) != set {
             page += 1;
         }
         let first = page;
-        while page < pages && !is_here(page) {
+        while page < pages && is_set(page) == set {
             page += 1;
         }
         (page > first).then_some((first, page - first))
@@ -411,10 +499,14 @@ mod tests {
 
     #[test]
     fn what_is_not_marked_is_missing() {
-        let runs = |bits: &[u8], pages| missing_runs(bits, pages).collect::<Vec<_>>();
+        let runs = |bits: &[u8], pages| bit_runs(bits, pages, false).collect::<Vec<_>>();
         assert_eq!(runs(&[0b0000_0110, 0xff], 16), [(0, 1), (3, 5)]);
         assert_eq!(runs(&[0xff, 0x01], 9), [], "padding is no page");
         assert_eq!(runs(&[0xff], 12), [(8, 4)], "what a bitmap does not cover");
         assert_eq!(runs(&[], 0), []);
+        let held = |bits: &[u8], pages| bit_runs(bits, pages, true).collect::<Vec<_>>();
+        assert_eq!(held(&[0b0000_0110, 0xff], 14), [(1, 2), (8, 6)]);
+        assert_eq!(held(&[0, 0b1000_0000, 1], 24), [(15, 2)]);
+        assert_eq!(held(&[], 9), []);
     }
 }

@@ -38,6 +38,13 @@ pub(super) enum PeerMessage {
     Received(String),
     /// RESUME_ACK.
     Resumed,
+    /// All in front of the fence of this number is in place.
+    Fenced(u64),
+    /// The answer to RESUME.
+    Holds {
+        secret: [u8; 16],
+        fence: u64,
+    },
 }
 
 /// The return path with what has arrived of the next message.
@@ -181,6 +188,8 @@ fn peer_message(message: Message<'_>) -> PeerMessage {
         Message::Native(Answer::Running) => PeerMessage::Running,
         Message::Native(Answer::Working) => PeerMessage::Working,
         Message::Native(Answer::Refused { why }) => PeerMessage::Refused(why.to_owned()),
+        Message::Native(Answer::Fenced { number }) => PeerMessage::Fenced(number),
+        Message::Native(Answer::Holds { secret, fence }) => PeerMessage::Holds { secret, fence },
         Message::ReceivedBitmap { block } => PeerMessage::Received(block.to_owned()),
         Message::ResumeAck(_) => PeerMessage::Resumed,
     }

@@ -113,9 +113,10 @@ impl SourceSession {
         let mut writes = Vec::new();
         self.wire.link.take_latencies(&mut writes);
         self.figures.written(&writes);
-        self.figures.deltas(self.wire.link.deltas());
+        self.figures.deltas(self.wire.deltas());
         self.figures.channel_bytes(self.wire.link.channel_bytes());
         self.send_fingerprints()?;
+        self.send_fence()?;
         let sent = self.wire.position();
         let guest = self.figures.whole_bytes() - guest_before;
         self.driver.engine.set_sent_at_fence(Sent { guest, wire: sent - before });

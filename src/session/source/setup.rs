@@ -86,6 +86,7 @@ impl SourceSession {
         end.extend_from_slice(&self.settings.early_sections);
         self.wire.send(&end)?;
         self.wire.link.sink().flush(&self.wire.stop)?;
+        self.send_fence()?;
         if self.settings.verify == Verify::Full && handover == Handover::Native {
             self.estimate_digest()?;
         }
@@ -207,9 +208,15 @@ impl SourceSession {
         let passes = self.may_pass_memory();
         let verify = self.settings.verify;
         let (digest, fingerprints) = (verify == Verify::Full, verify == Verify::Fast);
-        let spread = self.spreads();
-        let ours =
-            Hello { urgent, passes, fingerprints, spread, ..Hello::ours(self.settings.migration_id, digest) };
+        let (spread, secret) = (self.spreads(), self.resumption_secret());
+        let ours = Hello {
+            urgent,
+            passes,
+            fingerprints,
+            spread,
+            secret,
+            ..Hello::ours(self.settings.migration_id, digest)
+        };
         let mut order = Vec::new();
         Command::Native(Order::Hello(ours)).encode(&mut order);
         self.wire.send(&order)?;
@@ -241,10 +248,19 @@ impl SourceSession {
             PeerMessage::Hello(theirs) if theirs.passes && !passes => {
                 Err(Error::PeerFailed { why: "it takes memory that was not offered".into() })
             }
+            PeerMessage::Hello(theirs) if theirs.secret.is_some() && secret.is_none() => {
+                Err(Error::PeerFailed { why: "it waits for further connections, which nobody asked for".into() })
+            }
             PeerMessage::Hello(theirs) => {
+                self.agree_on_resumption(theirs.secret);
                 self.agree_on_fingerprints(theirs.fingerprints, theirs.max_version)?;
                 self.send_vmm_configuration(theirs.max_version)?;
-                if theirs.passes { self.pass_memory() } else { Ok(()) }
+                if theirs.passes {
+                    self.pass_memory()?;
+                }
+                // Memory that is passed has none.
+                self.begin_fingerprints();
+                Ok(())
             }
             word => refuse_verdict(word),
         }

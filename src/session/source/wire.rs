@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::observe::DeltaCounts;
 use crate::stream::qemu::command::Command;
 use crate::sys::{SendPart, Stop};
 use crate::transport::{ChannelError, SourceLink};
@@ -22,12 +23,22 @@ pub(super) struct Wire {
     last_sign: Duration,
     /// Bytes that were sent on earlier connections.
     sent_before: u64,
+    /// What deltas did there.
+    deltas_before: DeltaCounts,
 }
 
 impl Wire {
     pub(super) fn new(connection: SourceConnection, stop: Stop) -> Self {
         let back = connection.back.map(ReturnPath::new);
-        Self { link: connection.link, back, stop, urgent: None, last_sign: Duration::ZERO, sent_before: 0 }
+        Self {
+            link: connection.link,
+            back,
+            stop,
+            urgent: None,
+            last_sign: Duration::ZERO,
+            sent_before: 0,
+            deltas_before: DeltaCounts::default(),
+        }
     }
 
     pub(super) fn send(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
@@ -44,9 +55,15 @@ impl Wire {
         self.sent_before + self.link.sink().position() + self.link.channel_bytes() + urgent
     }
 
-    /// Continues over another connection; the byte count continues.
+    /// What deltas did so far, on all connections.
+    pub(super) fn deltas(&self) -> DeltaCounts {
+        self.deltas_before.followed_by(self.link.deltas())
+    }
+
+    /// Continues over another connection; the counts continue.
     pub(super) fn replace(&mut self, link: Box<dyn SourceLink>, back: Option<ReturnPath>) {
         self.sent_before = self.position();
+        self.deltas_before = self.deltas();
         (self.link, self.back, self.urgent) = (link, back, None);
     }
 

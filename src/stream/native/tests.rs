@@ -3,7 +3,14 @@ use super::*;
 
 #[test]
 fn orders_and_answers_survive_the_wire() {
-    let hello = Hello { urgent: true, passes: true, fingerprints: true, ..Hello::ours([7; 16], true) };
+    let hello = Hello {
+        urgent: true,
+        passes: true,
+        fingerprints: true,
+        secret: Some([9; 16]),
+        ..Hello::ours([7; 16], true)
+    };
+    let resume = Resume { migration_id: [7; 16], secret: [9; 16], attempt: 3, committed: true };
     let orders = [
         Order::Hello(hello),
         Order::StateSent,
@@ -18,6 +25,10 @@ fn orders_and_answers_survive_the_wire() {
         Order::MemoryCheck(Finding::Equal { pages: 9 }),
         Order::MemoryCheck(Finding::Differs { block: 1, range: Range { first: 2, pages: 3 }, pages: 4 }),
         Order::MemoryCheck(Finding::NotMade),
+        Order::Fence { number: 1 << 40 },
+        Order::Resume(resume),
+        Order::Resume(Resume { committed: false, ..resume }),
+        Order::Hello(Hello { secret: None, ..hello }),
     ];
     for order in orders {
         let mut body = Vec::new();
@@ -25,7 +36,14 @@ fn orders_and_answers_survive_the_wire() {
         assert_eq!(decode_order(order.number(), &body), Some(order));
     }
     let long = "ä".repeat(500);
-    let words = [Answer::Ready, Answer::Running, Answer::Working, Answer::Refused { why: "no" }];
+    let words = [
+        Answer::Ready,
+        Answer::Running,
+        Answer::Working,
+        Answer::Refused { why: "no" },
+        Answer::Fenced { number: 7 },
+        Answer::Holds { secret: [4; 16], fence: 9 },
+    ];
     for answer in words.into_iter().chain([Answer::Hello(hello)]) {
         let mut body = Vec::new();
         answer.encode_body(&mut body);
@@ -38,7 +56,11 @@ fn orders_and_answers_survive_the_wire() {
 
 #[test]
 fn malformed_bodies_are_refused() {
-    let cases: [(u16, &[u8]); 24] = [
+    let cases: [(u16, &[u8]); 28] = [
+        (11, &[0; 7]),
+        (11, &[0; 9]),
+        (12, &[0; Resume::LEN + 1]),
+        (12, &[2; Resume::LEN]),
         (8, b""),
         (8, &[1; 16]),
         (8, &[0; 17]),
@@ -62,12 +84,15 @@ fn malformed_bodies_are_refused() {
         (3, b"\0\0\0\0"),
         (3, b"\0\0\0\0\x01"),
         (4, b""),
-        (11, b""),
+        (13, b""),
     ];
     for (number, body) in cases {
         assert_eq!(decode_order(FIRST_NUMBER + number, body), None, "{number} {body:?}");
     }
     assert_eq!(decode_order(1, b""), None);
+    let mut short = [0; 21];
+    short[20] = 16;
+    assert_eq!(decode_order(FIRST_NUMBER + 1, &short), None, "a secret that is announced and missing");
     assert_eq!(decode_answer(FIRST_NUMBER + 2, b"x"), None);
     assert_eq!(decode_answer(FIRST_NUMBER + 4, b"\xff"), None);
     let too_many = vec![0; 4 + 8 * (MAX_DIGESTS + 1)];
@@ -77,9 +102,10 @@ fn malformed_bodies_are_refused() {
 #[test]
 fn versions_meet_at_the_newest_common_one() {
     let hello = |min_version, max_version| Hello { min_version, max_version, ..Hello::ours([0; 16], false) };
-    assert_eq!(hello(1, 5).common_version(), Some(4));
+    assert_eq!(hello(1, 6).common_version(), Some(5));
+    assert_eq!(hello(1, 4).common_version(), Some(4));
     assert_eq!(hello(1, 2).common_version(), Some(2));
-    assert_eq!(hello(5, 6).common_version(), None);
+    assert_eq!(hello(6, 7).common_version(), None);
     assert_eq!(hello(1, 1).common_version(), None, "it would not tell what it has sent");
     assert_eq!(hello(0, 0).common_version(), None);
     assert_eq!(version_of_pong(hello_pong(1)), Some(1));

@@ -1,6 +1,7 @@
 mod handover;
 mod postcopy;
 mod precopy;
+mod resume;
 
 use super::{SourceAction as A, SourceEvent as E, *};
 use Next::{Does, Waits};

@@ -49,8 +49,7 @@ impl SimControl {
                 world.violation("the source's guest was resumed after COMMIT");
             }
         } else {
-            let received = world.commit.is_some_and(|end| world.pipes[0].read >= end);
-            if !received {
+            if !world.commit_read {
                 world.violation("the destination's guest was started before COMMIT was received");
             }
             if let Some(page) = world.stale_page() {
@@ -161,6 +160,10 @@ impl DeviceState for SimControl {
             return failed(&mut turn.world);
         }
         Ok(())
+    }
+
+    fn loads_again(&self) -> bool {
+        true
     }
 }
 

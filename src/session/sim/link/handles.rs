@@ -29,7 +29,7 @@ pub(in crate::session::sim) struct SimLink {
 
 impl SimLink {
     pub(in crate::session::sim) fn new(sim: &Sim, link: LateLink) -> Self {
-        Self { sim: sim.clone(), sink: SimSink { sim: sim.clone(), side: Side::Source }, link }
+        Self { sim: sim.clone(), sink: SimSink { sim: sim.clone(), side: Side::Source, generation: 0 }, link }
     }
 
     /// A call, which is a step; it fails from the planned moment on, or if the destination is gone.

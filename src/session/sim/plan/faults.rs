@@ -1,6 +1,6 @@
 //! What goes wrong in a plan, and when.
 
-use super::{Anchor, Fault, LinkKind, Rng, Side, Wire};
+use super::{Anchor, Fault, LinkKind, Loss, Rng, Side, Wire};
 
 pub(super) fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
     let from = rng.pick(&[Side::Source, Side::Target]);
@@ -51,4 +51,23 @@ pub(super) fn draw_fault(rng: &mut Rng, total_pages: u64, link: LinkKind) -> Opt
         18 => Fault::Log { call: rng.below_one_of(&[2, 8]) },
         _ => Fault::Kill { anchor, at: steps },
     })
+}
+
+/// How a connection is lost; `later`: not the first one, which begins with RESUME.
+pub(super) fn draw_loss(rng: &mut Rng, total_pages: u64, later: bool) -> Loss {
+    let anchor = if rng.one_in(2) { Anchor::Pause } else { Anchor::Start };
+    let from = rng.pick(&[Side::Source, Side::Source, Side::Target]);
+    let at = match (from, anchor) {
+        (Side::Source, Anchor::Start) if later && rng.one_in(3) => rng.below(90),
+        (Side::Source, Anchor::Start) => rng.below_one_of(&[total_pages * 1500, total_pages * 6000]),
+        (Side::Source, Anchor::Pause) => rng.below_one_of(&[600, 1500, 20_000]),
+        (Side::Target, Anchor::Start) => rng.below_one_of(&[120, 400]),
+        (Side::Target, Anchor::Pause) => rng.below(40),
+    };
+    let wire = match rng.below(4) {
+        0 | 1 => Wire::Cut { both: rng.one_in(2), grace: rng.pick(&[0, 50, 9000]) },
+        2 => Wire::Reset,
+        _ => Wire::Stall,
+    };
+    Loss { from, anchor, at, wire }
 }

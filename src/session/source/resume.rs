@@ -1,0 +1,183 @@
+//! A connection lost before the guest runs at the destination, towards a ramwire.
+//!
+//! ```text
+//! S->D  RESUME                                     D->S  HOLDS: the last fence that has come
+//! S->D  RECV_BITMAP(block) for each block          D->S  RECV_BITMAP(block), bitmap: pages that came since that fence
+//! S->D  rounds as before
+//! ```
+//!
+//! Behind COMMIT: RESUME, HOLDS, RUNNING.
+//!
+//! # Required order
+//!
+//! A page that the destination has not confirmed is dirty again, even if it was sent. The guest runs on here from the loss
+//! to the next pause, unless it was handed over.
+
+use std::time::Duration;
+
+use crate::engine::{Lost, SourceEvent, Unconfirmed, is_equal};
+use crate::ram::{PageRun, PageSet};
+use crate::stream::native::{Order, Resume};
+use crate::stream::qemu::command::Command;
+use crate::sys::{Stop, random_id};
+use crate::units::PageIndex;
+
+use super::SourceSession;
+use super::peer::refuse_verdict;
+use super::recovery::bit_runs;
+use super::return_path::{PeerMessage, check_deadline};
+use crate::session::callback::named;
+use crate::session::{Breakage, Error};
+
+/// What both ends have said in HELLO, and the connections since.
+#[derive(Default)]
+pub(super) struct Resumption {
+    ours: Option<[u8; 16]>,
+    theirs: Option<[u8; 16]>,
+    attempts: u32,
+}
+
+impl SourceSession {
+    /// Our secret, if a lost connection may be followed by another: only a plain stream is taken up again.
+    pub(super) fn resumption_secret(&mut self) -> Option<[u8; 16]> {
+        let able = self.wire.link.abilities();
+        let plain = able.ordered && !able.registers_memory && self.wire.link.page_channels() == 0;
+        let allowed = self.settings.reconnect_timeout > Duration::ZERO && self.missing.recovery.can_connect();
+        let other = self.settings.postcopy.is_some() || self.upstream.is_some() || self.may_pass_memory();
+        let secret = (plain && allowed && !other).then(random_id);
+        self.missing.recovery.resumption.ours = secret;
+        secret
+    }
+
+    /// The destination's secret, if it waits for further connections.
+    pub(super) fn agree_on_resumption(&mut self, theirs: Option<[u8; 16]>) {
+        let resumption = &mut self.missing.recovery.resumption;
+        resumption.theirs = theirs;
+        match (resumption.ours, theirs) {
+            (Some(_), Some(_)) => self.pages.unconfirmed = Some(Unconfirmed::new(self.guest.memory.table())),
+            (Some(_), None) => {
+                tracing::warn!(
+                    "the destination waits for no other connection: the loss of this one ends the migration"
+                );
+            }
+            _ => {}
+        }
+    }
+
+    /// All that was sent so far is to be confirmed.
+    pub(super) fn send_fence(&mut self) -> Result<(), Error> {
+        let Some(unconfirmed) = &mut self.pages.unconfirmed else { return Ok(()) };
+        let mut out = Vec::new();
+        Command::Native(Order::Fence { number: unconfirmed.fence() }).encode(&mut out);
+        self.wire.send(&out)?;
+        Ok(self.wire.flush()?)
+    }
+
+    /// FENCED has come.
+    pub(super) fn fence_confirmed(&mut self, number: u64) -> Result<(), Error> {
+        let Some(unconfirmed) = &mut self.pages.unconfirmed else { return Err(not_sent("FENCED", number)) };
+        if !unconfirmed.confirmed(number) {
+            return Err(not_sent("FENCED", number));
+        }
+        // It has all that it needs to go on over another connection.
+        self.driver.engine.set_resumable(unconfirmed.is_any_confirmed());
+        Ok(())
+    }
+
+    /// The connection is lost, and the guest is paused: no end of the migration is near.
+    pub(super) fn let_guest_run(&mut self) -> Result<SourceEvent, Error> {
+        let resumed = named("calling GuestControl::resume", || self.guest.control.resume());
+        resumed.map_err(|source| Error::Control { what: "resume", source })?;
+        self.departure.paused = false;
+        self.figures.runs_on(self.driver.clock.now());
+        Ok(SourceEvent::Done)
+    }
+
+    /// The first bytes of another connection.
+    pub(super) fn send_resume(&mut self) -> Result<SourceEvent, Error> {
+        let resumption = &mut self.missing.recovery.resumption;
+        resumption.attempts += 1;
+        let attempt = resumption.attempts;
+        let secret = resumption.theirs.unwrap_or_default();
+        let committed = self.driver.engine.lost() == Some(Lost::BehindCommit);
+        let migration_id = self.settings.migration_id;
+        let mut out = Vec::new();
+        Command::Native(Order::Resume(Resume { migration_id, secret, attempt, committed })).encode(&mut out);
+        self.wire.send(&out)?;
+        self.wire.flush()?;
+        Ok(SourceEvent::Done)
+    }
+
+    /// What the destination has for certain; all else that was sent is dirty.
+    pub(super) fn compare_held(&mut self) -> Result<SourceEvent, Error> {
+        let stop = self.wire.stop.within(self.settings.stall_timeout);
+        let fence = self.last_fence(&stop)?;
+        let mut pages_again = 0;
+        let is_here = self.driver.engine.lost() != Some(Lost::BehindCommit);
+        if is_here {
+            let known =
+                self.pages.unconfirmed.as_mut().is_some_and(|unconfirmed| unconfirmed.confirmed(fence));
+            if !known {
+                return Err(not_sent("HOLDS", fence));
+            }
+            pages_again = self.mark_unconfirmed(&stop)?;
+        }
+        // What came before this is no answer to what is sent from here on.
+        if is_here && !self.breakage.is(Breakage::SkipResumeFence) {
+            self.send_fence()?;
+        }
+        self.missing.recovery.loss = None;
+        self.error = None;
+        self.figures.replaced(self.driver.clock.now(), pages_again);
+        tracing::info!(fence, pages_again, "the migration goes on over another connection");
+        Ok(SourceEvent::Done)
+    }
+
+    /// HOLDS, from the destination that was lost.
+    fn last_fence(&mut self, stop: &Stop) -> Result<u64, Error> {
+        let ours = self.missing.recovery.resumption.ours.unwrap_or_default();
+        let Some(back) = &mut self.wire.back else {
+            return Err(Error::PeerFailed { why: "there is no return path for its answer".into() });
+        };
+        loop {
+            match back.next(stop)? {
+                PeerMessage::Holds { secret, fence } if is_equal(&secret, &ours) => return Ok(fence),
+                PeerMessage::Holds { .. } => {
+                    let what = "HOLDS of another migration".into();
+                    return Err(Error::OutOfTurn { what, at: None, while_doing: "its proof was due" });
+                }
+                word => refuse_verdict(word)?,
+            }
+            check_deadline(stop)?;
+        }
+    }
+
+    /// Finds out which unconfirmed pages have come since the last fence, and marks the others dirty. Returns how many.
+    fn mark_unconfirmed(&mut self, stop: &Stop) -> Result<u64, Error> {
+        let mut received = PageSet::new(self.guest.memory.table());
+        let page = self.guest.memory.table().page();
+        self.bitmaps(0, stop, |index, block, bits| {
+            let pages = block.used_length / page.bytes();
+            for (first, pages) in bit_runs(bits, pages, true) {
+                received.add(PageRun { block: index, first: PageIndex(first), pages });
+            }
+        })?;
+        let Some(unconfirmed) = &mut self.pages.unconfirmed else { return Ok(0) };
+        let mut again = unconfirmed.replaced(&received);
+        if self.breakage.is(Breakage::TrustLastRound) {
+            received.runs().for_each(|run| again.missing.remove(run));
+        }
+        self.pages.prints.replaced(&again.held);
+        if !self.breakage.is(Breakage::TrustUnconfirmed) {
+            for run in again.missing.runs() {
+                self.pages.dirty.set_run(run);
+            }
+        }
+        Ok(again.missing.count())
+    }
+}
+
+fn not_sent(what: &str, fence: u64) -> Error {
+    let what = format!("{what} of fence {fence}, which was not sent");
+    Error::OutOfTurn { what, at: None, while_doing: "sending RAM" }
+}

@@ -1,0 +1,184 @@
+//! `ramwire send` and `ramwire receive` over a network that fails before the guest is there: the source connects again,
+//! nothing is lost, and no more goes twice than was not confirmed.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use common::memory::{MIB, Pattern, compare, fill};
+use common::{Deadline, ramwire::Ramwire, scratch};
+use serde_json::{Value, json};
+
+/// When a connection breaks.
+#[derive(Clone, Copy, Debug)]
+enum Cut {
+    /// It has carried so many bytes to the destination, and its answer to the setup.
+    After(u64),
+    /// COMMIT is to be carried.
+    BeforeCommit,
+    Never,
+}
+
+/// First bytes of COMMIT and of FENCED.
+const COMMIT: &[u8] = &[8, 0x52, 4, 0, 16];
+const FENCED: &[u8] = &[0x52, 6, 0, 8];
+
+/// Finds a word in bytes that come in pieces.
+struct Finder {
+    word: &'static [u8],
+    tail: Vec<u8>,
+}
+
+impl Finder {
+    fn of(word: &'static [u8]) -> Self {
+        Self { word, tail: Vec::new() }
+    }
+
+    /// Where it begins in `bytes`, which may be before their start.
+    fn find(&mut self, bytes: &[u8]) -> Option<usize> {
+        let before = self.tail.len();
+        self.tail.extend_from_slice(bytes);
+        let found = self.tail.windows(self.word.len()).position(|word| word == self.word);
+        let kept = self.tail.len().min(self.word.len() - 1);
+        self.tail.drain(..self.tail.len() - kept);
+        found.map(|at| at.saturating_sub(before))
+    }
+}
+
+/// One connection, until it breaks or ends.
+fn carry(near: TcpStream, far: TcpStream, cut: Cut) {
+    let (told, hears): (Sender<()>, Receiver<()>) = channel();
+    let (mut from_far, mut to_near) = (far.try_clone().unwrap(), near.try_clone().unwrap());
+    let back = std::thread::spawn(move || {
+        let (mut finder, mut bytes) = (Finder::of(FENCED), [0; 4096]);
+        while let Ok(count @ 1..) = from_far.read(&mut bytes) {
+            if to_near.write_all(&bytes[..count]).is_err() {
+                break;
+            }
+            if finder.find(&bytes[..count]).is_some() {
+                let _ = told.send(());
+            }
+        }
+        let _ = to_near.shutdown(Shutdown::Write);
+    });
+    let (mut from_near, mut to_far) = (&near, &far);
+    let (mut commit, mut bytes, mut carried) = (Finder::of(COMMIT), vec![0; 64 << 10], 0);
+    let breaks = loop {
+        let Ok(count @ 1..) = from_near.read(&mut bytes) else { break false };
+        let found = commit.find(&bytes[..count]);
+        let passes = match (cut, found) {
+            (Cut::After(most), _) => count.min(usize::try_from(most - carried).unwrap()),
+            (Cut::BeforeCommit, Some(at)) => at,
+            _ => count,
+        };
+        if to_far.write_all(&bytes[..passes]).is_err() {
+            break false;
+        }
+        carried += passes as u64;
+        match (cut, found) {
+            (Cut::After(most), _) if carried == most => break true,
+            (Cut::BeforeCommit, Some(_)) => break false,
+            _ => {}
+        }
+    };
+    if breaks {
+        // The other direction has what it needs.
+        let _ = hears.recv();
+    }
+    if !matches!(cut, Cut::Never) {
+        let _ = (near.shutdown(Shutdown::Both), far.shutdown(Shutdown::Both));
+    } else {
+        let _ = far.shutdown(Shutdown::Write);
+    }
+    drop(back.join());
+}
+
+/// A way to `far` whose connections break one after the other; behind the last nobody is reached any more.
+fn way_to(far: SocketAddr, cuts: Vec<Cut>) -> (SocketAddr, Arc<Mutex<usize>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, taken) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(0)));
+    let counts = Arc::clone(&taken);
+    std::thread::spawn(move || {
+        for cut in cuts {
+            let Ok((near, _)) = listener.accept() else { return };
+            *counts.lock().unwrap() += 1;
+            let Ok(far) = TcpStream::connect(far) else { return };
+            carry(near, far, cut);
+        }
+    });
+    (address, taken)
+}
+
+fn ram_file(folder: &Path) -> std::path::PathBuf {
+    let text = std::fs::read_to_string(folder.join("manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(manifest["state"], "whole", "{manifest}");
+    folder.join(manifest["blocks"][0]["file"].as_str().unwrap())
+}
+
+const SIZE: usize = 24;
+
+/// Sends a guest over connections that break as in `cuts`, the last ones by another address; the source's report.
+fn send(cuts: &[Cut], fallback: &[Cut], verify: &str) -> Value {
+    let dir = scratch();
+    let (memory, folder) = (dir.path().join("memory"), dir.path().join("guest"));
+    fill(&memory, SIZE, Pattern::Mixed { seed: 5 });
+    let arguments = ["receive", "tcp:127.0.0.1:0", "--reconnect", "100", "--json", "--dir"];
+    let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+    let far: SocketAddr = receiver.listening().strip_prefix("tcp:").unwrap().parse().unwrap();
+    let (near, taken) = way_to(far, cuts.to_vec());
+    let (other, taken_there) = way_to(far, fallback.to_vec());
+    let ram = format!("m0={}", memory.display());
+    let other = format!("tcp:{other}");
+    let mut arguments = vec!["send", "--ram", &ram, "--reconnect", "100", "--verify", verify, "--json"];
+    if !fallback.is_empty() {
+        arguments.extend(["--fallback", &other]);
+    }
+    let mut sender = Ramwire::start(dir.path(), &arguments, format!("tcp:{near}"));
+    let sent = sender.finished(Deadline::seconds(100), 0);
+    let arrived = receiver.finished(Deadline::seconds(100), 0);
+    assert_eq!((&sent["status"], &arrived["arrived"]), (&json!("completed"), &json!(true)), "{cuts:?}");
+    assert_eq!(arrived["verified"], json!(verify != "off"), "{arrived}");
+    compare(&memory, &ram_file(&folder)).unwrap_or_else(|found| panic!("{cuts:?}: {found:?}"));
+    assert_eq!((*taken.lock().unwrap(), *taken_there.lock().unwrap()), (cuts.len(), fallback.len()));
+    let lost = &sent["lost-connections"];
+    // An address that nobody serves any more may take a connection, and drop it.
+    let (count, cut) = (lost["count"].as_u64().unwrap(), (cuts.len() + fallback.len() - 1) as u64);
+    assert!(count == cut || !fallback.is_empty() && count > cut, "{lost}");
+    assert_eq!(sent["ram"]["total"], json!(SIZE * MIB));
+    sent
+}
+
+#[test]
+fn connections_that_break_again_and_again_lose_no_page() {
+    const HALF: u64 = (SIZE * MIB / 5) as u64;
+    for verify in ["off", "fast", "full"] {
+        let cuts = [Cut::After(20_000), Cut::After(HALF), Cut::After(3_000_000), Cut::Never];
+        let lost = send(&cuts, &[], verify)["lost-connections"].clone();
+        println!("{verify}: {lost}");
+        assert!(lost["pages_again"].as_u64().unwrap() > 0, "{lost}");
+        for one in lost["last"].as_array().unwrap() {
+            assert!(one["took_ms"].as_f64() > Some(0.0) && one["committed"] == json!(false), "{one}");
+            assert!(one["pages_again"].as_u64().unwrap() < (SIZE * MIB / 4096) as u64, "{one}");
+        }
+    }
+}
+
+#[test]
+fn a_destination_is_reached_by_another_address() {
+    let lost = send(&[Cut::After(1_000_000)], &[Cut::Never], "off");
+    println!("{}", lost["lost-connections"]);
+}
+
+/// COMMIT does not arrive: the guest is asked for, which is COMMIT again.
+#[test]
+fn a_loss_at_commit_leaves_no_doubt() {
+    let lost = send(&[Cut::BeforeCommit, Cut::Never], &[], "off")["lost-connections"].clone();
+    println!("{lost}");
+    assert_eq!((&lost["last"][0]["committed"], &lost["pages_again"]), (&json!(true), &json!(0)), "{lost}");
+}
