@@ -95,8 +95,6 @@ pub(super) enum Breakage {
     SkipResumeFence,
     /// The destination places a page of the old connection after it has gone on over another.
     PlaceFromOld,
-    /// The destination takes any connection of the source for the newest.
-    AdmitOld,
     /// The destination keeps the device state that came before a lost connection.
     KeepOldState,
     /// The destination starts the guest when the source connects again behind READY.
@@ -168,12 +166,11 @@ impl Breakage {
 
     /// What the simulation of lost connections switches off.
     #[cfg(test)]
-    pub(super) const OF_LOSSES: [Self; 8] = [
+    pub(super) const OF_LOSSES: [Self; 7] = [
         Self::TrustUnconfirmed,
         Self::TrustLastRound,
         Self::SkipResumeFence,
         Self::PlaceFromOld,
-        Self::AdmitOld,
         Self::KeepOldState,
         Self::StartWhenResumed,
         Self::ResumeAfterLoss,

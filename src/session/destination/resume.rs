@@ -130,7 +130,7 @@ impl Resumption {
     }
 
     /// Waits for a connection that proves to be the source's. Others are closed.
-    fn accept(&mut self, stop: &Stop, breakage: Breakage) -> Result<Accepted, OpenError> {
+    fn accept(&mut self, stop: &Stop) -> Result<Accepted, OpenError> {
         let (Some(further), Some(agreed)) = (&mut self.further, &mut self.agreed) else {
             return Err(OpenError::OnlyOne { address: "the source's connection".into() });
         };
@@ -143,9 +143,6 @@ impl Resumption {
                     continue;
                 }
             };
-            if breakage.is(Breakage::AdmitOld) {
-                agreed.ours.attempt = 0;
-            }
             match agreed.ours.admit(&resume) {
                 Ok(()) => return Ok(Accepted { source, back, resume }),
                 Err(why) => tracing::warn!(%why, "a connection was closed that is to continue a migration"),
@@ -245,7 +242,7 @@ impl DestinationSession {
         if LOOK_INTERVAL.saturating_mul(self.resumption.looks) >= after {
             return Err(ChannelError::Stalled { peer: peer(), doing: DOING, after }.into());
         }
-        if let Ok(accepted) = self.resumption.accept(&Stop::never().within(LOOK_TIME), self.breakage) {
+        if let Ok(accepted) = self.resumption.accept(&Stop::never().within(LOOK_TIME)) {
             self.resumption.early = Some(accepted);
             return Err(ChannelError::Closed { peer: peer(), doing: "it has connected again" }.into());
         }
@@ -269,7 +266,7 @@ impl DestinationSession {
         let stop = stop.within(self.settings.reconnect_timeout.saturating_add(self.settings.stall_timeout));
         let accepted = match self.resumption.early.take() {
             Some(early) => Ok(early),
-            None => self.resumption.accept(&stop, self.breakage),
+            None => self.resumption.accept(&stop),
         };
         match accepted {
             Ok(accepted) => self.resume(accepted, reader),

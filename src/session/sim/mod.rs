@@ -288,7 +288,6 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::TrustLastRound
         | Breakage::SkipResumeFence
         | Breakage::PlaceFromOld
-        | Breakage::AdmitOld
         | Breakage::KeepOldState
         | Breakage::StartWhenResumed => &[],
         Breakage::RegisterUnpromised => &["started with other memory", "differs from the source's"],

@@ -356,21 +356,6 @@ impl Plan {
         }
     }
 
-    /// As [`lossy`](Self::lossy), with an attempt that the source gives up behind RESUME and that may be taken late, and a loss
-    /// near COMMIT.
-    pub(super) fn lossy_with_a_late_attempt(seed: u64) -> Self {
-        let mut rng = Rng::new(seed ^ 0x57a1e);
-        let loss =
-            |anchor, at| Loss { from: Side::Source, anchor, at, wire: Wire::Cut { both: true, grace: 0 } };
-        let plan = Self::lossy(seed);
-        let losses = vec![
-            loss(Anchor::Start, plan.total_pages() * 2000),
-            loss(Anchor::Start, 43),
-            loss(Anchor::Pause, rng.below(3000)),
-        ];
-        Self { losses, fault: None, writes: 1, verify: Verify::Off, ..plan }
-    }
-
     /// The same guest towards a ramwire, with fingerprints and no other fault. After a refusal it stays paused, so that
     /// its memory can be examined.
     pub(super) fn verified_by_fingerprints(self) -> Self {

@@ -91,7 +91,7 @@ fn malformed_bodies_are_refused() {
     }
     assert_eq!(decode_order(1, b""), None);
     let mut short = [0; 21];
-    short[20] = 16;
+    short[20] = 32;
     assert_eq!(decode_order(FIRST_NUMBER + 1, &short), None, "a secret that is announced and missing");
     assert_eq!(decode_answer(FIRST_NUMBER + 2, b"x"), None);
     assert_eq!(decode_answer(FIRST_NUMBER + 4, b"\xff"), None);

@@ -53,11 +53,14 @@ fn the_time_that_vcpus_wait_for_pages_is_told_apart() {
     let (destination, source) = (destination.spawn().unwrap(), source.spawn().unwrap());
     until("it runs there", || far.runs());
     touch(&to, PAGES - 5..PAGES);
+    // As long as only one vCPU is known, its waits are those of all.
+    let both_are_known = std::sync::Barrier::new(2);
     std::thread::scope(|scope| {
         for vcpu in 0..2 {
-            let (to, vcpus) = (&to, vcpus.clone());
+            let (to, vcpus, both_are_known) = (&to, vcpus.clone(), &both_are_known);
             scope.spawn(move || {
                 vcpus.enter(vcpu);
+                both_are_known.wait();
                 touch(to, if vcpu == 0 { PAGES - 60..PAGES - 20 } else { PAGES - 20..PAGES - 10 });
             });
         }
