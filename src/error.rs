@@ -64,7 +64,7 @@ impl fmt::Display for Remedy {
             Self::CopyPagesOrAskForChannels => "let pages be copied, or ask for page channels",
             Self::CopyPagesOrDropCompression => "let pages be copied, or leave compression out",
             Self::NameTlsHost => "issue a certificate for it, or give the name that its certificate is for",
-            Self::ListTlsClients => "name it among those that may come in, if it may",
+            Self::ListTlsClients => "add it to the clients that may connect, if it may",
             Self::AlignTls => "switch TLS on at both ends or at none",
             Self::AllowPeers => "use a network you trust or a tunnel, and name who may connect",
         })

@@ -167,11 +167,11 @@ pub struct RestShare(u16);
 
 impl RestShare {
     /// 99 times as long as it runs: a hundredth of the time is left.
-    pub const MOST: Self = Self(9900);
+    pub const MAX: Self = Self(9900);
 
-    /// At most [`MOST`](Self::MOST).
+    /// At most [`MAX`](Self::MAX).
     pub const fn new(percent: u16) -> Self {
-        if percent > Self::MOST.0 { Self::MOST } else { Self(percent) }
+        if percent > Self::MAX.0 { Self::MAX } else { Self(percent) }
     }
 
     /// The number.

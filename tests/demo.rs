@@ -424,7 +424,7 @@ fn a_snapshot_holds_the_whole_guest_whoever_reads_it() {
         let demo = [&["demo", "--guest", guest, "--snapshot", &name], &sizes[..], &writes[..]].concat();
         let (status, text, errors) = ramwire(&demo);
         assert_eq!(status, Some(0), "{text}{errors}");
-        assert!(text.contains("looked at 4099 pages: 0 wrong"), "{text}");
+        assert!(text.contains("checked 4099 pages: 0 wrong"), "{text}");
         let (status, text, errors) = ramwire(&["inspect", &mapped]);
         assert_eq!(status, Some(0), "{errors}");
         assert!(text.contains("bytes, whole") && text.contains("ramwire/devices"), "{text}");
@@ -432,7 +432,7 @@ fn a_snapshot_holds_the_whole_guest_whoever_reads_it() {
             let (status, text, errors) =
                 ramwire(&[&["demo", "--guest", guest], way, &sizes[..], &writes[..]].concat());
             assert_eq!(status, Some(0), "{text}{errors}");
-            assert!(text.contains("it looked at 4099 pages: 0 wrong"), "{text}");
+            assert!(text.contains("it checked 4099 pages: 0 wrong"), "{text}");
             assert_eq!(text.contains("its memory came within"), way.contains(&"--lazy"), "{text}");
         }
     }
@@ -445,7 +445,7 @@ fn a_snapshot_holds_the_whole_guest_whoever_reads_it() {
             [&["demo", "--guest", guest, "--snapshot", &later, "--base", &name], &sizes[..], &writes[..]];
         let (status, text, errors) = ramwire(&demo.concat());
         assert_eq!(status, Some(0), "{text}{errors}");
-        assert!(text.contains("looked at 4099 pages: 0 wrong"), "{text}");
+        assert!(text.contains("checked 4099 pages: 0 wrong"), "{text}");
         let (status, text, errors) = ramwire(&["inspect", &mapped_later]);
         assert_eq!(status, Some(0), "{text}{errors}");
         assert!(text.contains("the changes since") && text.contains("in guest.save"), "{text}");

@@ -577,7 +577,7 @@ fn a_guest_in_huge_pages_is_restored_while_it_runs() {
     let connection = open_source(&address, memory.clone(), &ConnectionOptions::default(), &stop).unwrap();
     let control = Box::new(TestMachine::running(b""));
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     let saved = SourceGuest { memory, dirty: Vec::new(), control };
     assert_eq!(SourceSession::new(saved, connection, settings).run().outcome, Outcome::Completed);
 

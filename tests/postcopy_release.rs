@@ -119,7 +119,7 @@ fn session(held: &Held, incoming: &Incoming, uri: &str, preempt: bool) -> Source
     let mut settings = SourceSettings::new(incoming.configuration.clone());
     settings.early_sections = incoming.early_sections.clone();
     settings.framing = incoming.seen.framing;
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
     postcopy.max_bandwidth = Some(Rate(8 << 20));
     postcopy.reconnect_timeout = std::time::Duration::from_secs(100);

@@ -15,7 +15,7 @@ use ramwire::session::{
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, RecvPart, SendPart, Stop};
 use ramwire::transport::rdma::{RdmaListener, connect_over};
-use ramwire::transport::{AllowList, ChannelError, RdmaOptions, StreamOptions};
+use ramwire::transport::{AllowList, ChannelError, RdmaOptions, ReadHints, StreamOptions};
 use ramwire::units::{BlockIndex, PageSize};
 use rdma_hooks::Fabric;
 use rdma_hooks::fabric::{ConnectParams, FabricError};
@@ -94,7 +94,7 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, digest: bool, keeps_memory: boo
     let source = connection.ok().map(|connection| {
         let mut settings = SourceSettings::new(Configuration { machine: "sim".into(), ..Default::default() });
         settings.verify = if digest { Verify::Full } else { Verify::Off };
-        settings.guest_stands_still = true;
+        settings.guest_is_paused = true;
         settings.peer = Some(Peer::Ramwire);
         let machine = TestMachine::running(b"state");
         let control = Box::new(if keeps_memory { machine.keeping_memory() } else { machine });
@@ -191,7 +191,7 @@ fn a_guest_that_may_discard_memory_is_refused_before_anything_travels() {
     let source = run.source.unwrap();
     assert!(matches!(source.outcome, Outcome::StaysHere(_)), "{source:?}");
     let error = ramwire::error::Chain(&source.error.unwrap()).to_string();
-    assert!(error.contains("keep its memory in place") && error.contains("tcp:"), "{error}");
+    assert!(error.contains("may discard memory") && error.contains("tcp:"), "{error}");
     assert_ne!(run.destination.unwrap().ending, Ending::Running);
     assert_eq!(run.sim.live_registrations(), 0);
 }
@@ -228,7 +228,7 @@ fn no_stream_byte_passes_while_a_round_is_open() {
 /// timeout counts, they are waited for.
 #[test]
 fn silence_is_a_stall_only_where_the_peer_may_not_be_silent() {
-    for (quiet, outlasts) in [(false, false), (true, false), (false, true)] {
+    for (quiet, waits_out) in [(false, false), (true, false), (false, true)] {
         let sim = Sim::new(SimConfig::default());
         let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
         let (mut options, stop) = (StreamOptions::default(), Stop::on(&CancelToken::default()));
@@ -242,9 +242,11 @@ fn silence_is_a_stall_only_where_the_peer_may_not_be_silent() {
             let mut accepted = listener.accept(&options, &RdmaOptions::default(), &far_stop).unwrap();
             let (stream, mut room) = (accepted.link.stream(), [0; 64]);
             assert_eq!(stream.recv(&mut [RecvPart::Own(&mut room)], &far_stop).unwrap(), 4);
-            stream.set_quiet(quiet);
-            if outlasts {
-                stream.outlast(Duration::from_secs(60));
+            let mut hints = ReadHints::default();
+            hints.may_be_silent = quiet;
+            stream.set_hints(hints);
+            if waits_out {
+                stream.tolerate_outage(Duration::from_secs(60));
             }
             stream.recv(&mut [RecvPart::Own(&mut room)], &far_stop)
         });
@@ -261,8 +263,8 @@ fn silence_is_a_stall_only_where_the_peer_may_not_be_silent() {
         let _ = connection.link.sink().flush(&stop);
         drop((connection, part));
         match destination.join().unwrap() {
-            Ok(count) => assert!((quiet || outlasts) && count == 5, "{count} bytes"),
-            Err(ChannelError::Stalled { .. }) => assert!(!quiet && !outlasts),
+            Ok(count) => assert!((quiet || waits_out) && count == 5, "{count} bytes"),
+            Err(ChannelError::Stalled { .. }) => assert!(!quiet && !waits_out),
             Err(error) => panic!("{error}"),
         }
         assert!(!matches!(answer, Ok(1..)), "{answer:?}");

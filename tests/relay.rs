@@ -238,6 +238,6 @@ fn a_running_guest_stays_at_its_source_when_the_far_end_or_the_relay_dies() {
     source.wait_completed_within(10, Deadline::seconds(60));
     destination.wait_status("running", Deadline::seconds(10));
     let left = here.ticks().last().copied().unwrap();
-    there.wait_tick("it goes on", Deadline::seconds(60), |tick| tick.passes >= left.passes + 2);
+    there.wait_tick("it continues", Deadline::seconds(60), |tick| tick.passes >= left.passes + 2);
     assert_unbroken(&[&here, &there]);
 }

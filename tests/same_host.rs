@@ -206,7 +206,7 @@ fn a_destination_that_dies_at_any_step_leaves_the_guest_running_and_whole() {
                 }
                 Outcome::InDoubt => {
                     // COMMIT was sent, and no RUNNING arrived: only an operator can know that the process is dead.
-                    assert!(handed.report.stands_still && handed.report.passed.len() == 1, "{what}");
+                    assert!(handed.report.not_resumed && handed.report.passed.len() == 1, "{what}");
                     in_doubt += 1;
                 }
                 // Fewer keepalives than in the first run: it was over before.
@@ -276,7 +276,7 @@ fn handovers_of_sparse_memory() {
             };
             let (near, far) = UnixStream::pair().unwrap();
             let mut settings = SourceSettings::new(Configuration::default());
-            (settings.pass_memory, settings.guest_stands_still) = (true, true);
+            (settings.pass_memory, settings.guest_is_paused) = (true, true);
             let mut taking = DestinationSettings::default();
             taking.take_memory = true;
             let guest =

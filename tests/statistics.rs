@@ -190,14 +190,14 @@ fn the_numbers_are_those_of_a_known_migration() {
         assert_eq!((number(&ram["page-size"]), number(&ram["dirty-pages-rate"])), (4096, 0), "{what}");
         // Before the first round, before the pause and after it.
         assert_eq!(number(&ram["dirty-sync-count"]), 3, "{what}");
-        let (transferred, beside) = (number(&ram["transferred"]), number(&ram["multifd-bytes"]));
+        let (transferred, channel_bytes) = (number(&ram["transferred"]), number(&ram["multifd-bytes"]));
         assert_eq!(transferred, number(&received["bytes_received"]), "{what}");
-        assert_eq!(beside > 0, options == ["--channels=2"], "{what}");
+        assert_eq!(channel_bytes > 0, options == ["--channels=2"], "{what}");
         let in_stream = number(&ram["precopy-bytes"]) + number(&ram["downtime-bytes"]);
         let on_channels = sum(&sent, |round| number(&round["bytes"])) - in_stream;
-        let greetings = beside.checked_sub(on_channels).unwrap_or_else(|| panic!("{what}"));
-        assert!(greetings < 8192 && (greetings > 0) == (beside > 0), "{greetings} bytes: {what}");
-        let around = transferred - beside - in_stream;
+        let greetings = channel_bytes.checked_sub(on_channels).unwrap_or_else(|| panic!("{what}"));
+        assert!(greetings < 8192 && (greetings > 0) == (channel_bytes > 0), "{greetings} bytes: {what}");
+        let around = transferred - channel_bytes - in_stream;
         assert!(around > 0 && around < 4096, "{around} bytes of greeting and end: {what}");
         assert!(number(&ram["downtime-bytes"]) < 64, "nothing is left for the last round: {what}");
         assert_eq!(

@@ -62,7 +62,7 @@ fn through_a_folder(from: Version, to: Version, machine: Machine, mib: usize, pa
 
     let mut again = Ramwire::start(dir.path(), &["send", &uri, "--json", "--dir"], &folder);
     let refusal = again.failed(Deadline::seconds(10), 3);
-    assert!(refusal.contains("--again"), "{what}: {refusal}");
+    assert!(refusal.contains("--resend"), "{what}: {refusal}");
 }
 
 #[test]

@@ -123,7 +123,7 @@ fn only_a_client_that_is_listed_comes_in() {
             assert!(text.contains("refused the TLS connection"), "{text}");
             let told = || receiver.errors();
             let heard = Deadline::seconds(60).poll("the destination's word", told, || {
-                receiver.errors().contains("listening goes on").then(|| receiver.errors())
+                receiver.errors().contains("still listening").then(|| receiver.errors())
             });
             assert!(heard.contains(named) && heard.contains("only listed clients may come in"), "{heard}");
             ours.issue(&certificates, "client", Wanted { names: &["guest-host"], ..Wanted::GOOD });
@@ -274,7 +274,7 @@ fn what_should_not_come_in_is_refused_by_name_and_listening_goes_on() {
         assert!(text.contains(here), "{what}: here {here:?}: {text}");
         let told = || receiver.errors();
         let heard = Deadline::seconds(60).poll("the destination's word", told, || {
-            receiver.errors().contains("listening goes on").then(|| receiver.errors())
+            receiver.errors().contains("still listening").then(|| receiver.errors())
         });
         assert!(heard.contains(there), "{what}: there {there:?}: {heard}");
         // The same source is accepted with a valid certificate.
@@ -301,7 +301,7 @@ fn a_source_that_stops_in_the_handshake_makes_nobody_wait() {
     stopped.write_all(&[22, 3, 1, 2, 0, 1, 0, 1, 252]).unwrap();
     let told = || receiver.errors();
     Deadline::seconds(60).poll("both are closed", told, || {
-        (receiver.errors().matches("it has not finished its TLS handshake; listening goes on").count() == 2)
+        (receiver.errors().matches("it has not finished its TLS handshake; still listening").count() == 2)
             .then_some(())
     });
     let _also = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();
@@ -336,7 +336,7 @@ fn a_stream_that_is_cut_on_its_way_does_not_arrive() {
             let told = || receiver.errors();
             Deadline::seconds(60).poll("the destination's word", told, || {
                 let heard = receiver.errors();
-                (heard.contains("in the TLS handshake") && heard.contains("listening goes on")).then_some(())
+                (heard.contains("in the TLS handshake") && heard.contains("still listening")).then_some(())
             });
         } else {
             let heard = receiver.failed(Deadline::seconds(60), 3);

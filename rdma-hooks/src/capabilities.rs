@@ -72,22 +72,22 @@ pub struct Features {
     pub zero_runs: bool,
     /// In an open round the source sends [`Kind::Alive`](crate::control::Kind::Alive) if it has sent nothing else for a
     /// second. The destination may then treat silence as the end of the source.
-    pub says_alive: bool,
+    pub keepalives: bool,
 }
 
 impl Features {
     /// QEMU's protocol and no more.
-    pub const NONE: Self = Self { key_batches: false, zero_runs: false, says_alive: false };
+    pub const NONE: Self = Self { key_batches: false, zero_runs: false, keepalives: false };
     /// All that this version knows.
-    pub const ALL: Self = Self { key_batches: true, zero_runs: true, says_alive: true };
+    pub const ALL: Self = Self { key_batches: true, zero_runs: true, keepalives: true };
 
     fn bits(self) -> u16 {
-        u16::from(self.key_batches) | u16::from(self.zero_runs) << 1 | u16::from(self.says_alive) << 2
+        u16::from(self.key_batches) | u16::from(self.zero_runs) << 1 | u16::from(self.keepalives) << 2
     }
 
     /// Ignores bits of later versions.
     fn from_bits(bits: u16) -> Self {
-        Self { key_batches: bits & 1 != 0, zero_runs: bits & 2 != 0, says_alive: bits & 4 != 0 }
+        Self { key_batches: bits & 1 != 0, zero_runs: bits & 2 != 0, keepalives: bits & 4 != 0 }
     }
 
     fn and(self, other: Self) -> Self {

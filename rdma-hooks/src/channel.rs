@@ -59,11 +59,11 @@ pub(crate) struct Channel {
     flights: VecDeque<Flight>,
     sends_out: usize,
     probe: Option<u64>,
-    heard_at: Instant,
+    received_at: Instant,
     /// When the last message was sent.
-    said_at: Instant,
+    last_sent_at: Instant,
     /// When the clock was last read.
-    looked_at: Instant,
+    clock_read_at: Instant,
     inbox: VecDeque<usize>,
     scratch: Vec<Completion>,
     /// Writes that took effect, for the owner to collect.
@@ -71,12 +71,12 @@ pub(crate) struct Channel {
     pub(crate) latencies: Option<Vec<Duration>>,
     pub(crate) counters: Counters,
     broken: bool,
-    said_goodbye: bool,
+    disconnect_sent: bool,
 }
 
 impl Channel {
     pub(crate) fn new(endpoint: Box<dyn Endpoint>) -> Self {
-        let heard_at = endpoint.now();
+        let received_at = endpoint.now();
         Self {
             endpoint,
             next_id: 0,
@@ -85,16 +85,16 @@ impl Channel {
             flights: VecDeque::new(),
             sends_out: 0,
             probe: None,
-            heard_at,
-            said_at: heard_at,
-            looked_at: heard_at,
+            received_at,
+            last_sent_at: received_at,
+            clock_read_at: received_at,
             inbox: VecDeque::new(),
             scratch: Vec::new(),
             retired: Vec::new(),
             latencies: None,
             counters: Counters::default(),
             broken: false,
-            said_goodbye: false,
+            disconnect_sent: false,
         }
     }
 
@@ -163,7 +163,7 @@ impl Channel {
         let id = self.id();
         self.flights.push_back(Flight { id, note: None, posted_at: None });
         self.sends_out += 1;
-        self.said_at = self.endpoint.now();
+        self.last_sent_at = self.endpoint.now();
         self.counters.messages_sent += 1;
         self.counters.doorbells += 1;
         self.endpoint.post_send(id, parts).map_err(|error| self.fail(error))
@@ -176,8 +176,8 @@ impl Channel {
         self.counters.polls += 1;
         let any = !done.is_empty();
         if any {
-            self.heard_at = self.endpoint.now();
-            self.looked_at = self.heard_at;
+            self.received_at = self.endpoint.now();
+            self.clock_read_at = self.received_at;
         }
         let mut failure = polled.err();
         for completion in done.drain(..) {
@@ -273,17 +273,17 @@ impl Channel {
     }
 
     /// When this end last read the clock; does not read it again.
-    pub(crate) fn checked_at(&self) -> Instant {
-        self.looked_at
+    pub(crate) fn clock_read_at(&self) -> Instant {
+        self.clock_read_at
     }
 
-    pub(crate) fn check_clock(&mut self) {
-        self.looked_at = self.endpoint.now();
+    pub(crate) fn read_clock(&mut self) {
+        self.clock_read_at = self.endpoint.now();
     }
 
     /// When the last message was sent.
-    pub(crate) fn said_at(&self) -> Instant {
-        self.said_at
+    pub(crate) fn last_sent_at(&self) -> Instant {
+        self.last_sent_at
     }
 
     /// Processes completions of a queue pair that no caller is waiting on. It is no failure if the peer has closed an
@@ -316,7 +316,7 @@ impl Channel {
             }));
         }
         let now = self.endpoint.now();
-        self.looked_at = now;
+        self.clock_read_at = now;
         stop.check(now)?;
         self.probe_quiet_peer(now)?;
         self.counters.waits += 1;
@@ -326,7 +326,7 @@ impl Channel {
     /// The peer's NIC acknowledges a write without bytes, whatever the peer's software does. If the peer is gone, the
     /// write fails after the transport's retries, so an idle wait ends.
     fn probe_quiet_peer(&mut self, now: Instant) -> Result<(), HooksError> {
-        let quiet = now.saturating_duration_since(self.heard_at) >= PROBE_EVERY;
+        let quiet = now.saturating_duration_since(self.received_at) >= PROBE_EVERY;
         if !quiet || !self.flights.is_empty() || self.room() == 0 {
             return Ok(());
         }
@@ -345,7 +345,7 @@ impl Channel {
 
     /// Sends ERROR to the peer, waits at most [`FAREWELL`] for it to leave, and disconnects.
     pub(crate) fn abort(&mut self) {
-        if !std::mem::replace(&mut self.said_goodbye, true) {
+        if !std::mem::replace(&mut self.disconnect_sent, true) {
             let link_up = matches!(self.endpoint.link(), Ok(LinkState::Up));
             if !self.broken && link_up && self.room() > 0 {
                 let id = self.id();
@@ -363,13 +363,13 @@ impl Channel {
 
     /// Disconnects in peace.
     pub(crate) fn leave(&mut self) {
-        self.said_goodbye = true;
+        self.disconnect_sent = true;
         self.endpoint.disconnect();
     }
 
     /// Waits until the peer disconnects, at most until `stop`; then disconnects too. True if the peer disconnected.
     pub(crate) fn part(&mut self, stop: &Stop) -> Result<bool, HooksError> {
-        self.said_goodbye = true;
+        self.disconnect_sent = true;
         let parted = loop {
             // The peer may disconnect before it acknowledges our last message: it has what it needs.
             match self.rest(stop).and_then(|()| self.pump()) {

@@ -208,10 +208,10 @@ impl<L> SpanTable<L> {
     }
 
     /// True if a walk's last span ended before `chunk`, which is in the block and has no span.
-    pub fn goes_on(&self, block: u32, chunk: u64) -> bool {
-        let block_goes_on =
+    pub fn continues_at(&self, block: u32, chunk: u64) -> bool {
+        let block_continues =
             |block: &BlockChunks| block.next == chunk && chunk < chunks_in(block.length) && block.grown >= 2;
-        self.blocks.get(block as usize).is_some_and(block_goes_on) && self.find(block, chunk).is_none()
+        self.blocks.get(block as usize).is_some_and(block_continues) && self.find(block, chunk).is_none()
     }
 
     /// Most chunks of a span.

@@ -167,8 +167,8 @@ pub enum HooksError {
     },
     /// In an open round the source has sent no message and, as far as this end's device reports, no write.
     #[error(
-        "the source has sent nothing for {after:?} in an open round: it is stopped, or hangs (a longer \
-         DestinationConfig::silence bears with one that is only slow)"
+        "the source has sent nothing for {after:?} in an open round: its process is stopped or hangs; if it is \
+        only slow, raise DestinationConfig::silence"
     )]
     Silent {
         /// Length of the wait.

@@ -78,7 +78,7 @@ impl StreamSender {
 
     /// Sleeps briefly; polls the other queue pairs meanwhile.
     pub(crate) fn rest(&mut self, stop: &Stop) -> Result<(), HooksError> {
-        let now = self.channel.checked_at();
+        let now = self.channel.clock_read_at();
         self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;
         self.channel.rest(stop)
     }
@@ -182,7 +182,7 @@ impl StreamReceiver {
     }
 
     /// True if there is a message or stream data that can be read without waiting.
-    pub(crate) fn has_news(&mut self) -> Result<bool, HooksError> {
+    pub(crate) fn has_input(&mut self) -> Result<bool, HooksError> {
         self.channel.pump()?;
         Ok(self.current.is_some() || self.channel.has_arrived())
     }
@@ -196,7 +196,7 @@ impl StreamReceiver {
                 break;
             }
             if !news {
-                let now = self.channel.checked_at();
+                let now = self.channel.clock_read_at();
                 self.data_queues.iter_mut().try_for_each(|channel| channel.watch(now))?;
                 self.channel.rest(stop)?;
             }
@@ -272,7 +272,7 @@ impl StreamReceiver {
     }
 
     /// Sends Done to the sender: everything was read.
-    pub(crate) fn say_done(&mut self, stop: &Stop) -> Result<(), HooksError> {
+    pub(crate) fn send_done(&mut self, stop: &Stop) -> Result<(), HooksError> {
         self.channel.send(&[&header(Kind::Done, 0, 1)], stop)
     }
 }

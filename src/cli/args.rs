@@ -25,10 +25,10 @@ const EXIT_STATUS: &str = "EXIT STATUS:
     2  bad usage
     3  failed; the guest is safe at the source
     4  cancelled; the guest is safe at the source
-    5  in doubt: the guest was given away and nobody said that it runs
+    5  in doubt: the guest was given away, and no report came that it runs
     6  arrived, and not verified: pages differ from those that were sent
 
-They hold whatever becomes of the output: a result that can't be printed changes none of them.
+The status does not depend on the output: it is the same if the result can't be printed.
 
 The first SIGINT, SIGTERM or SIGHUP cancels, a second one exits without waiting. Under nohup SIGHUP is ignored.";
 
@@ -38,13 +38,13 @@ enum Command {
     Demo(demo::Args),
     #[command(hide = true)]
     DemoDestination(demo::DestinationArgs),
-    /// Take a guest from a QEMU or a ramwire and keep it in a folder
+    /// Receive a guest from a QEMU or a ramwire and store it in a folder
     Receive(receive::Args),
-    /// Pass a running guest's migration on, from one QEMU or ramwire to another
+    /// Forward a running guest's migration from one QEMU or ramwire to another
     Relay(relay::Args),
-    /// Send a guest that a folder holds to a waiting QEMU or ramwire
+    /// Send a stored guest to a waiting QEMU or ramwire
     Send(send::Args),
-    /// Watch and change a running migration by the monitor of a ramwire or a QEMU
+    /// Watch and control a running migration through the monitor of a ramwire or a QEMU
     Ctl(ctl::Args),
     /// Serve the memory of Firecracker guests from a snapshot
     Pager(pager::Args),
@@ -52,9 +52,9 @@ enum Command {
     Serve(serve::Args),
     /// Print the structure of a captured stream
     Inspect(inspect::Args),
-    /// Make a page with pictures of a run's log
+    /// Draw the log of a run as an HTML page
     Report(report::Args),
-    /// List this host's RDMA devices and whether a guest can travel by them
+    /// List this host's RDMA devices and whether a guest can be migrated over them
     Devices(devices::Args),
     /// Measure messages over RDMA, TCP and UNIX sockets, as perftest does
     Bench(bench::BenchArgs),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ramwire::engine::{Outcome, Reason};
 use ramwire::session::{ErrorKind, Peer, SourceReport, SourceSettings};
-use ramwire::stream::qemu::packed::Packing;
+use ramwire::stream::qemu::page_compression::PageCompression;
 use ramwire::stream::qemu::style::PeerStyle;
 use ramwire::sys::StopReason;
 use ramwire::transport::{
@@ -29,10 +29,10 @@ pub(super) struct Timeouts {
     /// Give up when no byte moves for this long before the guest is handed over
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub(super) stall_timeout: Duration,
-    /// Give up when the other end's host answers nothing over TCP for this long before the guest is handed over
+    /// Give up when the other end's host acknowledges nothing over TCP for this long before the guest is handed over
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     dead_peer_timeout: Duration,
-    /// After handing the guest over, wait this long for the other end to say that it runs
+    /// After the guest is handed over, wait this long for the other end to report that it runs
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     pub(super) finish_timeout: Duration,
 }
@@ -42,10 +42,11 @@ pub(super) struct Timeouts {
 pub(super) struct SourceTimeouts {
     #[command(flatten)]
     pub(super) both: Timeouts,
-    /// Wait this long for a connected destination to begin to read and to answer what it is
+    /// Wait this long for a connected destination to answer the greeting, which shows whether it is a ramwire or a QEMU
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     greeting_timeout: Duration,
-    /// Where nobody listens at the destination yet, try again for this long; a file, descriptor or command is opened once
+    /// While no process listens at the destination, try again for this long; a file, descriptor or command is opened
+    /// only once
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
     pub(super) retry: Duration,
 }
@@ -86,7 +87,8 @@ pub(super) struct RdmaArgs {
     /// Over RDMA: queue pairs for pages, more than one only between two ramwires
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=16))]
     queue_pairs: u16,
-    /// Over RDMA, to a QEMU with its return-path capability (10.0): open the return path, so that it can tell how it ended
+    /// Over RDMA, to a QEMU with its return-path capability (10.0): open the return path, so that it can report the
+    /// outcome
     #[arg(long)]
     return_path: bool,
 }
@@ -120,24 +122,25 @@ pub(super) struct Usage(pub(super) String);
 /// Page channels beside the stream, alike at both ends.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct ChannelArgs {
-    /// Page channels beside the stream, 0 to 255: QEMU's multifd-channels with its multifd on; the same at both ends
+    /// Page channels in addition to the main connection, 0 to 255: QEMU's multifd-channels with its multifd on; the
+    /// same at both ends
     #[arg(long, value_name = "N", default_value = "0")]
     channels: u8,
     /// How pages on channels are compressed: none, zlib[:0-9] or zstd[:0-20]; the same kind at both ends
     #[arg(long, value_name = "HOW", default_value = "none")]
-    compression: Packing,
-    /// UUID of the VM where it has one (QEMU's -uuid): channels begin with it
+    compression: PageCompression,
+    /// UUID of the VM, if it has one (QEMU's -uuid): it is in the first packet of each channel
     #[arg(long, value_name = "UUID", value_parser = uuid)]
     uuid: Option<[u8; 16]>,
-    /// NUMA nodes for the threads of page channels: auto, off, or a list like 0,2-3. Each is kept to the processors of one;
-    /// nothing is done where there is one node only
+    /// NUMA nodes for the threads of page channels: auto, off, or a list like 0,2-3. Each thread is bound to the
+    /// processors of one node; nothing is done on a host with a single node
     #[arg(long, value_name = "NODES", default_value = "auto")]
     numa: Numa,
 }
 
 impl ChannelArgs {
     pub(super) fn options(&self) -> Result<ChannelOptions, Usage> {
-        if self.channels == 0 && self.compression != Packing::Plain {
+        if self.channels == 0 && self.compression != PageCompression::Plain {
             return Err(Usage("--compression is for page channels: give --channels too".into()));
         }
         if let Some((node, here)) = self.numa.missing() {
@@ -149,7 +152,7 @@ impl ChannelArgs {
         let uuid = self.uuid.unwrap_or_default();
         let mut options = ChannelOptions::default();
         options.count = self.channels;
-        options.packing = self.compression;
+        options.compression = self.compression;
         options.uuid = uuid;
         options.numa = self.numa.clone();
         Ok(options)
@@ -164,9 +167,9 @@ impl ChannelArgs {
     pub(super) fn follow(&mut self, plan: &Plan) {
         self.channels = if plan.has("multifd") { byte(plan, "multifd-channels") } else { 0 };
         self.compression = match plan.text("multifd-compression") {
-            "zlib" if plan.has("multifd") => Packing::Zlib(byte(plan, "multifd-zlib-level")),
-            "zstd" if plan.has("multifd") => Packing::Zstd(byte(plan, "multifd-zstd-level")),
-            _ => Packing::Plain,
+            "zlib" if plan.has("multifd") => PageCompression::Zlib(byte(plan, "multifd-zlib-level")),
+            "zstd" if plan.has("multifd") => PageCompression::Zstd(byte(plan, "multifd-zstd-level")),
+            _ => PageCompression::Plain,
         };
     }
 
@@ -176,11 +179,11 @@ impl ChannelArgs {
             plan = plan.having("multifd", true).with("multifd-channels", self.channels);
         }
         match self.compression {
-            Packing::Plain => plan,
-            Packing::Zlib(level) => {
+            PageCompression::Plain => plan,
+            PageCompression::Zlib(level) => {
                 plan.with("multifd-compression", "zlib").with("multifd-zlib-level", level)
             }
-            Packing::Zstd(level) => {
+            PageCompression::Zstd(level) => {
                 plan.with("multifd-compression", "zstd").with("multifd-zstd-level", level)
             }
         }
@@ -198,10 +201,10 @@ impl ChannelArgs {
 pub(super) struct SourceChannelArgs {
     #[command(flatten)]
     both: ChannelArgs,
-    /// Most channels that carry pages, the others idle; one for each core within a host and four over a network unless
-    /// given
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
-    carriers: Option<u8>,
+    /// How many of the channels carry pages, the others only take part in barriers; unless given, one for each core within
+    /// a host and four for each core over a network
+    #[arg(long, alias = "carriers", value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    active_channels: Option<u8>,
     /// How pages on channels get into the sockets' queues: copied, by reference (splice: less work for this end, more for
     /// a receiver on the same host), or lent with receipts (zerocopy: MSG_ZEROCOPY); only copied with --compression
     #[arg(long, value_name = "copy|splice|zerocopy", default_value_t)]
@@ -211,9 +214,8 @@ pub(super) struct SourceChannelArgs {
 impl SourceChannelArgs {
     pub(super) fn options(&self) -> Result<ChannelOptions, Usage> {
         let mut options = self.both.options()?;
-        let carriers = self.carriers.map(usize::from);
         options.sending = self.send_pages;
-        options.carriers = carriers;
+        options.active = self.active_channels.map(usize::from);
         match options.no_such_sending() {
             Some((why, remedy)) => {
                 let way = options.sending;

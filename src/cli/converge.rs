@@ -13,10 +13,10 @@ use super::output::note;
 /// What a source does about a guest that writes faster than its pages leave; QEMU's names and defaults.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct ConvergeArgs {
-    /// Slow all vCPUs down, step by step, while the guest writes too much
+    /// Throttle all vCPUs, step by step, while the guest writes too much
     #[arg(long, conflicts_with = "dirty_limit")]
     auto_converge: bool,
-    /// Percent of what is sent that the guest may write before it is slowed down
+    /// Throttle once the guest writes more than this percentage of the bytes that are sent
     #[arg(long, value_name = "PERCENT", default_value = "50", value_parser = share)]
     throttle_trigger_threshold: Percent,
     /// With --auto-converge: the first step, in percent of the vCPUs' time
@@ -25,19 +25,20 @@ pub(super) struct ConvergeArgs {
     /// With --auto-converge: each further step
     #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = throttle_percent)]
     cpu_throttle_increment: Percent,
-    /// With --auto-converge: smaller steps where little is missing
+    /// With --auto-converge: smaller steps when only a little more throttling is needed
     #[arg(long)]
     cpu_throttle_tailslow: bool,
-    /// With --auto-converge: the most that is taken
+    /// With --auto-converge: maximum share of the vCPUs' time that is taken
     #[arg(long, value_name = "PERCENT", default_value = "99", value_parser = throttle_percent)]
     max_cpu_throttle: Percent,
-    /// Hold each vCPU near --vcpu-dirty-limit while the guest writes too much
+    /// Keep what each vCPU writes near --vcpu-dirty-limit while the guest writes too much
     #[arg(long)]
     dirty_limit: bool,
     /// With --dirty-limit: bytes a second that a vCPU may write
     #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = bytes)]
     vcpu_dirty_limit: u64,
-    /// Bytes a second that the link will carry while the guest stands still, for the estimate of the downtime; 0: as measured
+    /// Bytes a second that the link will carry while the guest is paused, for the estimate of the downtime; 0: as
+    /// measured
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     avail_switchover_bandwidth: u64,
     #[command(flatten)]
@@ -47,11 +48,11 @@ pub(super) struct ConvergeArgs {
 /// How long a migration may take, and what becomes of it then.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct TimeoutArgs {
-    /// The guest must have been paused by then
+    /// Time by which the guest must have been paused
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<Duration>,
-    /// What becomes of it else: cancel keeps it here, finish pauses it however long it then stands still, postcopy lets it
-    /// run at the destination before its memory has come
+    /// What happens after that time: cancel keeps the guest here, finish pauses it however long it is paused then,
+    /// postcopy starts it at the destination before its memory has arrived
     #[arg(long, value_name = "WHAT", default_value = "cancel", requires = "timeout")]
     timeout_action: TimeoutAction,
 }
@@ -73,7 +74,7 @@ pub(super) const REMEDIES: &str = "raise --max-bandwidth or --downtime-ms, send 
                                    --timeout-action finish";
 
 /// Reports, during the migration, that it does not converge, with a remedy.
-pub(super) fn tell_if_it_does_not(
+pub(super) fn warn_if_not_converging(
     command: &'static str,
     statistics: &SharedStatistics,
     remedies: &'static str,
@@ -86,7 +87,7 @@ pub(super) fn tell_if_it_does_not(
 }
 
 /// Reports the options for the remedies of a migration that did not converge.
-pub(super) fn tell_remedies(command: &str, error: Option<&Error>, remedies: &str) {
+pub(super) fn print_remedies(command: &str, error: Option<&Error>, remedies: &str) {
     if let Some(Error::NotConverged { .. }) = error {
         note!("ramwire {command}: {remedies}");
     }

@@ -7,8 +7,8 @@ use super::common::human_bytes;
 use super::output::{result_line, result_text};
 use crate::cli::remedies::in_words;
 
-/// Lists the verbs devices of this host with the limits that matter to a migration. Without a device it says so; that
-/// is no failure.
+/// Lists the verbs devices of this host with the limits that matter to a migration. A host without a device is no
+/// failure.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print one JSON object instead of a report
@@ -17,7 +17,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    let found = look();
+    let found = find_devices();
     if args.json {
         result_line!("{}", found.json());
     } else {
@@ -220,7 +220,7 @@ impl Found {
 }
 
 #[cfg(not(feature = "rdma"))]
-fn look() -> Found {
+fn find_devices() -> Found {
     let usable = match ramwire::transport::rdma_address(0) {
         Ok(address) => Ok(address.to_string()),
         Err(why) => Err(in_words(&why)),
@@ -229,7 +229,7 @@ fn look() -> Found {
 }
 
 #[cfg(feature = "rdma")]
-fn look() -> Found {
+fn find_devices() -> Found {
     let lock = rdma_hooks::verbs::memory_lock();
     let memory_lock = lock.limit_bytes.filter(|_| !lock.is_lifted);
     let devices = rdma_hooks::verbs::devices().unwrap_or_default();

@@ -10,6 +10,7 @@ mod demo;
 mod devices;
 mod guardian;
 mod inspect;
+mod limits;
 mod local_socket;
 mod metrics;
 mod output;

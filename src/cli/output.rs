@@ -165,7 +165,7 @@ pub(super) fn result(text: Arguments<'_>) {
     if let Err(error) = product(text.to_string().as_bytes())
         && error.kind() != io::ErrorKind::BrokenPipe
     {
-        note!("ramwire: standard output: {error}; how it ended is told by the exit status alone");
+        note!("ramwire: standard output: {error}; the outcome is in the exit status only");
     }
 }
 

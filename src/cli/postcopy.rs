@@ -13,15 +13,15 @@ use super::qmp::Plan;
 /// Whether the guest may run at the destination before its memory has come.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct PostcopyArgs {
-    /// Let the guest run at the destination at once; its memory follows, what it waits for first (QEMU: capability
-    /// postcopy-ram, also at the destination)
+    /// Start the guest at the destination before its memory has arrived; pages that it waits for are sent first (QEMU:
+    /// capability postcopy-ram, also at the destination)
     #[arg(long)]
     pub(super) postcopy: bool,
-    /// With --postcopy: only after so many rounds (3) or so much time (20s), or when a client of --qmp says so (command),
-    /// unless what is left fits the downtime by then
+    /// With --postcopy: switch only after this many rounds (3) or this time (20s), or at the command of a client of
+    /// --qmp (command), unless the rest fits the downtime before that
     #[arg(long, value_name = "ROUNDS|SECONDSs|command", requires = "postcopy", value_parser = rule)]
     postcopy_after: Option<PostcopyRule>,
-    /// With --postcopy: most bytes a second of the memory that nobody waits for; 0 is no limit
+    /// With --postcopy: maximum bytes a second of pages that no thread waits for; 0 is no limit
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     max_postcopy_bandwidth: u64,
 }

@@ -13,7 +13,9 @@ use ramwire::session::{
     ErrorKind, MemoryCheck, PassedBlock,
 };
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, AllowList, ConnectionOptions, CprListener, Listener, StreamOptions, Way};
+use ramwire::transport::{
+    Address, AllowList, ChosenTransport, ConnectionOptions, CprListener, Listener, StreamOptions,
+};
 use serde_json::json;
 
 use super::args::Exit;
@@ -27,11 +29,12 @@ use super::qmp::{Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
 use super::service;
 use super::signals::cancel_on_signal;
-use super::store::{ArrivingGuest, State, Store};
+use super::store::{IncomingGuest, State, Store};
 use super::tls::DestinationTlsArgs;
 use super::verify::in_json;
 
-/// Takes one migration, then stops listening. Success is told to the source only after everything is on the disk.
+/// Receives one migration, then stops listening. Success is reported to the source only after everything is on the
+/// disk.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
     # Take a guest from another host, then give it to a QEMU that waits with -incoming
@@ -55,17 +58,18 @@ use super::verify::in_json;
 pub(super) struct Args {
     #[arg(help = uri_help("Where to listen or read"))]
     uri: Address,
-    /// Folder for RAM blocks, device state and manifest; made with mode 0700, or closed to others
+    /// Folder for RAM blocks, device state and manifest; created with mode 0700, or changed to it
     #[arg(long)]
     dir: PathBuf,
     /// Who may connect by TCP or RDMA, for instance 10.0.0.0/8; repeat for more
     #[arg(long, value_name = "CIDR")]
     allow: Vec<AllowList>,
-    /// A RAM block that both ends of the guest's way map, where the source has x-ignore-shared: no page of it comes. Repeat for more
+    /// A RAM block that source and destination share, if the source has x-ignore-shared: none of its pages is sent.
+    /// Repeat for more
     #[arg(long, value_name = "BLOCK", value_parser = block_name)]
     ignore_shared: Vec<BlockName>,
-    /// The source is a QEMU on this host that passes its memory (mode cpr-transfer): where to listen for its channel of type
-    /// cpr. The folder gets a copy of that memory, made while the guest stands still
+    /// The source is a QEMU on this host that passes its memory (mode cpr-transfer): where to listen for its channel of
+    /// type cpr. The folder gets a copy of that memory, made while the guest is paused
     #[arg(long, value_name = "unix:PATH", value_parser = unix_path, conflicts_with_all = ["ignore_shared", "channels"])]
     cpr: Option<PathBuf>,
     /// Refuse a guest with more RAM than this
@@ -116,7 +120,7 @@ pub(super) fn run(args: &Args) -> Exit {
 
 fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channels = args.channels.options()?;
-    let mut guest = ArrivingGuest::new(Store::open(&args.dir)?)?.sharing(&args.ignore_shared);
+    let mut guest = IncomingGuest::new(Store::open(&args.dir)?)?.sharing(&args.ignore_shared);
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     // A process that reads the printed address may send a signal.
@@ -155,14 +159,14 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let connection = listener.accept_connection(&options, &stop)?;
     // Only one migration: no other connection is accepted but further ones of its source.
     let listener = Some(listener).filter(|_| !args.reconnect.is_zero());
-    if connection.way.transport == "rdma" {
+    if connection.chosen.transport == "rdma" {
         guest = guest.written_by_nic()?;
     }
-    let way = connection.way.clone();
+    let way = connection.chosen.clone();
     let mut settings = DestinationSettings::default();
-    settings.state_as_it_came = true;
+    settings.raw_device_state = true;
     // No guest runs here: its pages will not be touched.
-    settings.map_behind = false;
+    settings.map_in_background = false;
     settings.stall_timeout = args.timeouts.stall_timeout;
     settings.finish_timeout = args.timeouts.finish_timeout;
     settings.reconnect_timeout = args.reconnect;
@@ -217,7 +221,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     Ok(if differs && exit == Exit::Done { Exit::NotVerified } else { exit })
 }
 
-fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationReport) {
+fn tell(args: &Args, way: &ChosenTransport, guest: &IncomingGuest, report: &DestinationReport) {
     let state = guest.manifest().map_or(State::Arriving, |manifest| manifest.state);
     if let Some(error) = &report.error {
         complain("receive", error);
@@ -268,7 +272,7 @@ fn tell(args: &Args, way: &Way, guest: &ArrivingGuest, report: &DestinationRepor
 }
 
 /// The status, with the manifest in the matching state.
-fn settled(guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
+fn settled(guest: &IncomingGuest, report: &DestinationReport) -> Exit {
     let exit = exit_of(guest, report);
     if report.ending != Ending::Running {
         return exit;
@@ -287,7 +291,7 @@ fn settled(guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
     Exit::InDoubt
 }
 
-fn exit_of(guest: &ArrivingGuest, report: &DestinationReport) -> Exit {
+fn exit_of(guest: &IncomingGuest, report: &DestinationReport) -> Exit {
     let state = guest.manifest().map_or(State::Arriving, |manifest| manifest.state);
     match (report.ending, report.error.as_ref().map(ramwire::session::Error::kind)) {
         // Nothing proves that it is all of the guest.

@@ -14,12 +14,12 @@ use ramwire::session::{
     CancelReply, DestinationSettings, Error, Notice, Relay, RelayControl, RelayReport, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
-use ramwire::stream::qemu::packed::Packing;
+use ramwire::stream::qemu::page_compression::PageCompression;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{
-    Address, AllowList, ChannelOptions, ConnectionOptions, Listener, RdmaOptions, Way, open_source,
+    Address, AllowList, ChannelOptions, ChosenTransport, ConnectionOptions, Listener, RdmaOptions,
+    open_source,
 };
-use ramwire::units::Rate;
 use serde_json::json;
 use signal_hook::consts::SIGUSR1;
 use signal_hook::iterator::Signals;
@@ -28,8 +28,9 @@ use super::args::Exit;
 use super::common::{
     PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed, seconds, uri_help,
 };
-use super::converge::{tell_if_it_does_not, tell_remedies};
+use super::converge::{print_remedies, warn_if_not_converging};
 use super::guardian::Guardian;
+use super::limits::LimitArgs;
 use super::output::{note, result_line, result_text};
 use super::qmp::{Monitor, Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
@@ -37,15 +38,16 @@ use super::render;
 use super::service::{self, StatusLine};
 use super::signals::cancel_on_signal;
 use super::store::keep;
-use super::tls::tell_if_in_clear;
+use super::tls::warn_if_unencrypted;
 use super::watch::{Log, WatchArgs, describe};
 
-/// Takes the stream of a running guest and sends it on as it comes. The guest runs at its source until the source
+/// Receives the stream of a running guest and forwards it at once. The guest runs at its source until the source
 /// switches over, and then at the far end.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
     # From a QEMU told to migrate to this host on port 4444, to a QEMU started with -incoming on port 5555
     ramwire relay --listen tcp:0.0.0.0:4444 --connect tcp:10.0.0.7:5555")]
+#[command(mut_arg("downtime_ms", |arg| arg.help(DOWNTIME)))]
 pub(super) struct Args {
     #[arg(long, value_name = "URI", help = uri_help("Where the guest's source connects"))]
     listen: Address,
@@ -55,25 +57,19 @@ pub(super) struct Args {
     /// Who may connect by TCP, for instance 10.0.0.0/8; repeat for more
     #[arg(long, value_name = "CIDR")]
     allow: Vec<AllowList>,
-    /// What the far end is, if it can't be found out: qemu-7.2, qemu-10.0 or ramwire
+    /// What the far end is, if it can't be detected: qemu-7.2, qemu-10.0 or ramwire
     #[arg(long, value_name = "PEER")]
     peer: Option<PeerOption>,
-    /// The far end's part of the downtime; bounds how much may wait to be sent on
-    #[arg(long, value_name = "MS", default_value = "300")]
-    downtime_ms: u64,
-    /// Most bytes a second to the far end while the guest runs, for instance 125M; 0 is no limit
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
-    max_bandwidth: u64,
-    /// Send changed pages as differences (XBZRLE) to copies kept in this much memory, for instance 64M; 0: never
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
-    xbzrle_cache_size: u64,
-    /// Where RAM and device state go if the guest was given away by its source and the far end did not take it
+    /// Of the connection to the far end
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// Folder for RAM and device state if the guest was given away by its source and the far end did not take it
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
     /// Refuse a guest with more RAM than this; the relay holds all of it
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
-    /// Ask for huge pages for the guest's RAM: first touches are faster, and zero pages inside a huge page take memory
+    /// Request huge pages for the guest's RAM: first touches are faster, and zero pages inside a huge page take memory
     #[arg(long = "thp", alias = "huge-pages")]
     huge_pages: bool,
     /// Print one JSON object instead of a report
@@ -84,7 +80,7 @@ pub(super) struct Args {
     listen_channels: u8,
     /// How the source compresses pages on its channels: none, zlib or zstd
     #[arg(long, value_name = "HOW", default_value = "none")]
-    listen_compression: Packing,
+    listen_compression: PageCompression,
     #[command(flatten)]
     watch: WatchArgs,
     #[command(flatten)]
@@ -94,12 +90,16 @@ pub(super) struct Args {
     channels: SourceChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
-    /// The guest's source must have switched over by then; else the relay ends, and the guest stays at its source
+    /// Time by which the guest's source must have switched over; after it the relay ends, and the guest stays at its
+    /// source
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     timeout: Option<Duration>,
     #[command(flatten)]
     timeouts: SourceTimeouts,
 }
+
+const DOWNTIME: &str = "The far end's part of the downtime, in milliseconds; it limits how much data may wait to be \
+                        forwarded";
 
 /// What helps if the guest's source does not reach its switchover.
 const REMEDIES: &str = "its source decides when to switch over: raise its downtime limit or bandwidth there, have it slow \
@@ -133,7 +133,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let _monitor = args.monitor(&statistics, &control, &cancel, cancels)?;
     let stop = Stop::on(&cancel);
     let file = args.watch.create_log()?;
-    tell_if_in_clear("relay", &args.connect, "use a network you trust or a tunnel");
+    warn_if_unencrypted("relay", &args.connect, "use a network you trust or a tunnel");
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.listen, allow, &stop)?;
@@ -146,10 +146,10 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     }
     service::ready(&format!("listening on {}", listener.address()));
     let options = args.timeouts.both.stream_options();
-    let (count, packing) = (args.listen_channels, args.listen_compression);
+    let (count, compression) = (args.listen_channels, args.listen_compression);
     let mut near = ChannelOptions::default();
     near.count = count;
-    near.packing = packing;
+    near.compression = compression;
     near.numa = channels.numa.clone();
     let mut quiet = RdmaOptions::default();
     quiet.wait_after_round = true;
@@ -166,9 +166,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     signals.in_doubt(move || doubted.is_in_doubt().then(|| left_in_doubt(pid)));
     decide_on_signal(control.clone());
     if args.listen.decides_late() {
-        note!("ramwire relay: source: {}: {}", connection.way.transport, connection.way.why);
+        note!("ramwire relay: source: {}: {}", connection.chosen.transport, connection.chosen.why);
     }
-    let delta_cache = args.xbzrle_cache_size;
+    let delta_cache = args.limits.delta_cache();
     let retry = args.timeouts.retry;
     let mut connecting = ConnectionOptions::of_stream(options);
     connecting.rdma = args.rdma.options();
@@ -186,13 +186,14 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         let connection = open_source(&far, Arc::clone(&memory), &connecting, &far_stop);
         if let Ok(connection) = &connection {
             if chosen {
-                note!("ramwire relay: far end: {}: {}", connection.way.transport, connection.way.why);
+                note!("ramwire relay: far end: {}: {}", connection.chosen.transport, connection.chosen.why);
             }
-            let mut run = describe("relay", connection.way.transport, &connection.way.why, memory.table());
+            let mut run =
+                describe("relay", connection.chosen.transport, &connection.chosen.why, memory.table());
             run.settings = settings;
             *begun.lock().unwrap_or_else(PoisonError::into_inner) = file.follow(far_statistics, run);
             // Called once.
-            let _ = taken.set(connection.way.clone());
+            let _ = taken.set(connection.chosen.clone());
         }
         connection.map_err(|error| Error::Config {
             what: format!("the far end can't be reached: {}", in_words(&error)),
@@ -200,24 +201,23 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         })
     };
     let mut incoming = DestinationSettings::default();
-    incoming.state_as_it_came = true;
+    incoming.raw_device_state = true;
     incoming.stall_timeout = args.timeouts.both.stall_timeout;
     incoming.finish_timeout = args.timeouts.both.finish_timeout;
     incoming.max_ram = args.max_ram;
     incoming.accept_missing_description = true;
     incoming.postcopy = true;
     let mut outgoing = SourceSettings::new(Configuration::default());
-    outgoing.downtime_limit = Duration::from_millis(args.downtime_ms);
-    outgoing.max_bandwidth = Rate::limit(args.max_bandwidth);
+    args.limits.apply(&mut outgoing);
     args.timeouts.set(&mut outgoing);
     outgoing.timeout = args.timeout.map(|time| (time, OnTimeout::Cancel));
     if let Some(option) = args.peer {
         (outgoing.peer, outgoing.style) = (Some(option.peer), Some(option.style));
     }
-    tell_if_it_does_not("relay", &statistics, REMEDIES);
+    warn_if_not_converging("relay", &statistics, REMEDIES);
     let metrics = args.watch.metrics.serve("relay", statistics.clone())?;
     let service = StatusLine::follow(statistics.clone());
-    let near_way = connection.way.clone();
+    let near_way = connection.chosen.clone();
     let relay = Relay {
         connection,
         connect: Box::new(open),
@@ -246,13 +246,7 @@ impl Args {
         token: &CancelToken,
         cancels: impl Fn() -> CancelReply + Send + Sync + 'static,
     ) -> Result<Option<Monitor>, String> {
-        let plan = Plan::default()
-            .with("max-bandwidth", self.max_bandwidth)
-            .with("downtime-limit", self.downtime_ms);
-        let mut plan = self.channels.plan(self.rdma.plan(plan));
-        if self.xbzrle_cache_size > 0 {
-            plan = plan.having("xbzrle", true).with("xbzrle-cache-size", self.xbzrle_cache_size);
-        }
+        let plan = self.channels.plan(self.rdma.plan(self.limits.plan(Plan::default())));
         let (token, control) = (token.clone(), control.clone());
         let cancels = move || {
             let reply = cancels();
@@ -267,12 +261,8 @@ impl Args {
     }
 
     fn settings(&self) -> BTreeMap<String, serde_json::Value> {
-        RunDescription::default()
-            .with("downtime_ms", self.downtime_ms)
-            .with("max_bandwidth", self.max_bandwidth)
-            .with("xbzrle_cache_size", self.xbzrle_cache_size)
-            .with("channels", self.channels.count())
-            .settings
+        let run = self.limits.describe(RunDescription::default());
+        run.with("channels", self.channels.count()).settings
     }
 }
 
@@ -289,7 +279,7 @@ struct NoGuardian {
 /// The message if this process ends while the guest is in doubt.
 fn left_in_doubt(guardian: u32) -> String {
     format!(
-        "ramwire relay: in doubt, and this process ends: process {guardian} goes on holding the source's connection and \
+        "ramwire relay: in doubt, and this process ends: process {guardian} keeps the source's connection open and \
          waits for the far end's answer"
     )
 }
@@ -303,7 +293,9 @@ fn decide_on_signal(control: RelayControl) {
     let decide = move || {
         for _ in signals.forever() {
             match control.far_end_is_dead() {
-                true => note!("ramwire relay: the source is told that the migration failed: it goes on"),
+                true => note!(
+                    "ramwire relay: the source gets the report that the migration failed, and continues"
+                ),
                 false => note!("ramwire relay: SIGUSR1 has no effect: no guest is in doubt"),
             }
         }
@@ -316,8 +308,8 @@ fn decide_on_signal(control: RelayControl) {
 fn tell_notice(notice: &Notice) {
     match notice {
         Notice::NoReturnPath => note!(
-            "ramwire relay: the source opened no return path, so it can't be told how this ends: look at the far \
-             end before you let go of the source, or set its return-path capability"
+            "ramwire relay: the source opened no return path, so it can't be informed of the outcome: check \
+            the far end before you end the source, or set its return-path capability"
         ),
         Notice::InDoubt { why } => note!(
             "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). The source waits, and \
@@ -332,14 +324,20 @@ fn tell_notice(notice: &Notice) {
     }
 }
 
-fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport, called_off: bool) -> Exit {
+fn tell(
+    args: &Args,
+    near: &ChosenTransport,
+    far: Option<&ChosenTransport>,
+    report: &RelayReport,
+    called_off: bool,
+) -> Exit {
     let errors = [report.received.error.as_ref(), report.sent.as_ref().and_then(|sent| sent.error.as_ref())];
     for error in errors.into_iter().flatten() {
         complain("relay", error);
-        tell_remedies("relay", Some(error), REMEDIES);
+        print_remedies("relay", Some(error), REMEDIES);
     }
     if args.json {
-        let way = |way: &Way| json!({ "transport": way.transport, "why": way.why });
+        let way = |way: &ChosenTransport| json!({ "transport": way.transport, "why": way.why });
         let connect = far.map(way);
         let far = report.sent.as_ref().map(|sent| {
             let mut out = sent.statistics.query_migrate();
@@ -375,7 +373,7 @@ fn tell(args: &Args, near: &Way, far: Option<&Way>, report: &RelayReport, called
         result_text!("{}", render::statistics(&sent.statistics));
         if let Some(scan) = &report.received.scan {
             result_line!(
-                "{} scans for what came by RDMA: {:.0} ms in all, {} of {} pages looked at had changed",
+                "{} scans for what came by RDMA: {:.0} ms in all, {} of {} scanned pages had changed",
                 scan.scans,
                 scan.took.as_secs_f64() * 1e3,
                 scan.found,

@@ -24,7 +24,7 @@ pub(super) fn options(remedy: Remedy) -> &'static [&'static str] {
         Remedy::NameTlsHost => &["--tls-hostname"],
         Remedy::AlignTls => &["--tls-dir"],
         Remedy::ListTlsClients => &["--tls-authz"],
-        // Each command reports its own (see `converge::tell_remedies`).
+        // Each command reports its own (see `converge::print_remedies`).
         Remedy::HelpConvergence => &[],
         // Advice has no option; remedies that the library adds later have no option yet.
         _ => &[],

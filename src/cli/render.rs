@@ -80,7 +80,7 @@ pub(super) fn statistics(now: &Statistics) -> String {
         let ZeroCopyCounts { sends, released, copied, forbidden, off } = zero_copy;
         let _ = write!(
             out,
-            "zero copy: {sends} sends, {released} released, {copied} of them copied by the kernel all the same, \
+            "zero copy: {sends} sends, {released} released, {copied} of them copied by the kernel anyway, \
              {forbidden} not allowed"
         );
         let _ = match off {
@@ -90,8 +90,7 @@ pub(super) fn statistics(now: &Statistics) -> String {
     }
     if let Some(SpliceCounts { bytes, copied, off }) = &now.splice {
         let _ = write!(out, "by reference: {} of pages", human_bytes(*bytes));
-        let _ =
-            if *copied > 0 { write!(out, ", {} copied all the same", human_bytes(*copied)) } else { Ok(()) };
+        let _ = if *copied > 0 { write!(out, ", {} copied anyway", human_bytes(*copied)) } else { Ok(()) };
         let _ = match off {
             None => writeln!(out),
             Some(why) => writeln!(out, "; turned off: {why}"),

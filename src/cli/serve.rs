@@ -43,16 +43,18 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 Whoever may connect reads all of it; nothing can be written. Without --tls-dir memory travels unencrypted.")]
 pub(super) struct Args {
-    /// The memory: a file of nothing else (Firecracker's mem_file), or mapped:PATH. It must not change meanwhile
+    /// The memory: a file that holds nothing else (Firecracker's mem_file), or mapped:PATH. It must not change while it
+    /// is served
     #[arg(long, value_name = "FILE|mapped:PATH")]
     from: Stored,
     /// Where pagers connect: tcp:HOST:PORT, unix:PATH, or fd:N of a socket that listens
     #[arg(long, value_name = "URI")]
     listen: Address,
-    /// Who may connect: addresses or networks, separated by commas; repeat for more. Without it everybody who reaches it may
+    /// Who may connect: addresses or networks, separated by commas; repeat for more. Without it every host that can
+    /// reach the address may
     #[arg(long, value_name = "ADDRESS[/BITS]")]
     allow: Vec<AllowList>,
-    /// Most clients that are served at a time; another one is hung up on
+    /// Maximum number of clients that are served at a time; further ones are disconnected
     #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u16).range(1..=4096))]
     max_clients: u16,
     #[command(flatten)]
@@ -157,7 +159,7 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
             Ok(channel) => channel,
             Err(_) if cancel.is_cancelled() => break,
             Err(error) => {
-                note!("ramwire serve: a client could not be taken: {}", Chain(&error));
+                note!("ramwire serve: a client could not be accepted: {}", Chain(&error));
                 let _ = stop.sleep(RETRY_INTERVAL);
                 continue;
             }
@@ -168,7 +170,7 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
             let most = args.max_clients;
             clients.refused.fetch_add(1, Ordering::Relaxed);
             note!(
-                "ramwire serve: {name} was refused: {most} clients are served, which is the most (--max-clients)"
+                "ramwire serve: {name} was refused: {most} clients are served, the maximum (--max-clients)"
             );
             continue;
         }
@@ -207,7 +209,7 @@ fn serve_one(server: &PageServer, channel: StreamChannel, stop: &Stop) {
                 served.reads
             );
         }
-        Err(_) if stop.reason().is_some() => note!("ramwire serve: {name} is served no more"),
-        Err(error) => note!("ramwire serve: {name} is served no more: {}", Chain(&error)),
+        Err(_) if stop.reason().is_some() => note!("ramwire serve: {name} is no longer served"),
+        Err(error) => note!("ramwire serve: {name} is no longer served: {}", Chain(&error)),
     }
 }

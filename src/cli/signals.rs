@@ -157,7 +157,7 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
                 Answer::Leave(exit) => {
                     if exit == Exit::InDoubt {
                         note!(
-                            "in doubt: the destination has not said that the guest runs; look at the destination"
+                            "in doubt: the destination has not reported that the guest runs; check the destination"
                         );
                     }
                     seen.tidy(exit);
@@ -177,7 +177,7 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
 /// a file beyond the process's limit (SIGXFSZ).
 pub(super) fn survive_faults_of_files() {
     if let Err(error) = survive_lost_memory() {
-        tracing::warn!(%error, "a RAM file that gets shorter ends the process");
+        tracing::warn!(%error, "a RAM file that is truncated ends the process");
     }
     // With a handler for SIGXFSZ the call returns EFBIG.
     if let Err(error) = signal_hook::flag::register(SIGXFSZ, Arc::default()) {

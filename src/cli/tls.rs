@@ -18,8 +18,8 @@ pub(super) struct SourceTlsArgs {
     /// With --tls-dir: the host name or address that the destination's certificate must be for, if not that of the URI
     #[arg(long, value_name = "NAME", requires = "tls_dir")]
     tls_hostname: Option<String>,
-    /// Refuse an address by which RAM could travel over a network unencrypted. unix: and files are taken without TLS, and
-    /// so is tcp: on the loopback
+    /// Refuse an address by which RAM could travel over a network unencrypted. Without TLS only unix:, files, and tcp:
+    /// on the loopback are accepted
     #[arg(long)]
     require_tls: bool,
 }
@@ -37,18 +37,18 @@ impl SourceTlsArgs {
 /// Of a command that listens.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct DestinationTlsArgs {
-    /// Take only connections that are encrypted by TLS, with the certificates in this folder, laid out as QEMU's
+    /// Accept only connections that are encrypted by TLS, with the certificates in this folder, laid out as QEMU's
     /// tls-creds-x509: ca-cert.pem, server-cert.pem, server-key.pem, and ca-crl.pem if there is one. tcp: and unix: only
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<PathBuf>,
-    /// With --tls-dir: take sources that show no certificate (QEMU: verify-peer=off)
+    /// With --tls-dir: accept sources without a certificate (QEMU: verify-peer=off)
     #[arg(long, requires = "tls_dir", conflicts_with = "tls_authz")]
     tls_any_peer: bool,
-    /// With --tls-dir: take only sources whose certificate has this common name or DNS name; repeat for more
+    /// With --tls-dir: accept only sources whose certificate has this common name or DNS name; repeat for more
     #[arg(long, value_name = "NAME", requires = "tls_dir")]
     tls_authz: Vec<String>,
-    /// Refuse an address by which RAM could travel over a network unencrypted. unix: and files are taken without TLS, and
-    /// so is tcp: on the loopback
+    /// Refuse an address by which RAM could travel over a network unencrypted. Without TLS only unix:, files, and tcp:
+    /// on the loopback are accepted
     #[arg(long)]
     require_tls: bool,
 }
@@ -120,7 +120,7 @@ fn plain(address: &Address, require_tls: bool) -> Result<Address, Usage> {
 }
 
 /// Warns once that data sent to this address can be read on the network.
-pub(super) fn tell_if_in_clear(command: &str, address: &Address, remedy: &str) {
+pub(super) fn warn_if_unencrypted(command: &str, address: &Address, remedy: &str) {
     if address.is_in_clear() {
         note!("ramwire {command}: {address}: guest RAM travels unencrypted and unauthenticated; {remedy}");
     }

@@ -314,7 +314,9 @@ impl DestinationEngine {
             (Phase::Digesting, E::Done) => self.go(Phase::AwaitingDigests, A::Receive),
             (Phase::AwaitingDigests, E::Digests) => self.go(Phase::Comparing, A::CompareDigest),
             (Phase::Comparing, E::Done) => self.load_or_wait(),
-            (phase, E::Lost) if self.outlives_loss(phase) => self.go(Phase::AwaitingSource, A::AwaitRecovery),
+            (phase, E::Lost) if self.survives_disconnect(phase) => {
+                self.go(Phase::AwaitingSource, A::AwaitRecovery)
+            }
             (Phase::AwaitingSource, E::Resumed { committed }) => self.resumed(committed),
             // The source may never learn it.
             (Phase::AwaitingSource, _) if self.runs => self.end(Ending::Running),
@@ -363,7 +365,7 @@ impl DestinationEngine {
     }
 
     /// True if the source may connect again after the connection was lost in this phase.
-    fn outlives_loss(&self, phase: Phase) -> bool {
+    fn survives_disconnect(&self, phase: Phase) -> bool {
         let lives = matches!(
             phase,
             Phase::Receiving

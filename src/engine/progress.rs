@@ -24,7 +24,7 @@ impl Progress {
     }
 
     /// Rounds since the smallest remainder so far.
-    pub fn rounds_without(&self) -> u32 {
+    pub fn rounds_without_progress(&self) -> u32 {
         self.rounds
     }
 
@@ -44,9 +44,9 @@ mod tests {
         (0..8).for_each(|round| progress.round(1000 + round % 3));
         assert!(!progress.is_stalled());
         progress.round(970);
-        assert_eq!((progress.is_stalled(), progress.rounds_without()), (true, 8), "3 % are noise");
+        assert_eq!((progress.is_stalled(), progress.rounds_without_progress()), (true, 8), "3 % are noise");
         progress.round(900);
-        assert_eq!((progress.is_stalled(), progress.rounds_without()), (false, 0));
+        assert_eq!((progress.is_stalled(), progress.rounds_without_progress()), (false, 0));
         let mut shrinking = Progress::default();
         (0..80).for_each(|round| shrinking.round(1 << 20 >> (round / 4)));
         assert!(!shrinking.is_stalled());

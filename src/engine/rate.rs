@@ -29,34 +29,34 @@ pub struct RateWindow {
     took: Duration,
     sent: Sent,
     left: u64,
-    under_way: u64,
+    unacknowledged: u64,
     guest: Option<Rate>,
     wire: Option<Rate>,
     whole: bool,
 }
 
 impl RateWindow {
-    /// A round begins, with `under_way` bytes that were sent but have not left this host. If there are some, the link
+    /// A round begins, with `unacknowledged` bytes that were sent but have not left this host. If there are some, the link
     /// has been busy since the last round, and that time counts.
-    pub fn resume(&mut self, under_way: u64, now: Duration) {
+    pub fn resume(&mut self, unacknowledged: u64, now: Duration) {
         match self.counted {
-            Some(counted) if under_way > 0 => {
+            Some(counted) if unacknowledged > 0 => {
                 self.took += now.saturating_sub(counted);
-                self.left += self.under_way.saturating_sub(under_way);
+                self.left += self.unacknowledged.saturating_sub(unacknowledged);
             }
             _ => {}
         }
-        (self.counted, self.under_way) = (Some(now), under_way);
+        (self.counted, self.unacknowledged) = (Some(now), unacknowledged);
     }
 
-    /// By `now` a further `sent` was sent; `under_way` of all sent bytes have not left this host yet.
-    pub fn add(&mut self, sent: Sent, under_way: u64, now: Duration) {
+    /// By `now` a further `sent` was sent; `unacknowledged` of all sent bytes have not left this host yet.
+    pub fn add(&mut self, sent: Sent, unacknowledged: u64, now: Duration) {
         let counted = self.counted.replace(now).unwrap_or(now);
         self.took += now.saturating_sub(counted);
         self.sent.guest += sent.guest;
         self.sent.wire += sent.wire;
-        self.left += (sent.wire + self.under_way).saturating_sub(under_way);
-        self.under_way = under_way;
+        self.left += (sent.wire + self.unacknowledged).saturating_sub(unacknowledged);
+        self.unacknowledged = unacknowledged;
         let is_whole = self.took >= WINDOW;
         // A shorter time is used only while there is no better measurement.
         if is_whole || !self.whole {

@@ -139,8 +139,8 @@ impl SourceEngine {
     }
 
     /// Sets how many bytes have been sent and not left this host: pages that are sent next wait for them.
-    pub fn set_under_way(&mut self, bytes: u64) {
-        self.path.under_way = bytes;
+    pub fn set_unacknowledged(&mut self, bytes: u64) {
+        self.path.unacknowledged = bytes;
     }
 
     /// Sets how much was sent while the round was closed: on links with threads of their own often all of it.
@@ -208,7 +208,7 @@ impl SourceEngine {
             E::StartPostcopy => self.start_postcopy(),
             E::Failed | E::Lost | E::Refused => self.failed(event),
             E::Working | E::Ready | E::Running | E::Taken | E::Requested => self.received(now, event),
-            E::Woken | E::Continue | E::UpstreamStopped | E::GuestGiven => self.came(event),
+            E::Woken | E::Continue | E::UpstreamStopped | E::GuestGiven => self.handle_waiting(event),
             E::Done | E::SetUp { .. } | E::Synced { .. } | E::Sent { .. } | E::Filled { .. } => {
                 // Without a current action this is no answer: another event has ended the action.
                 if std::mem::take(&mut self.busy) {
@@ -232,13 +232,13 @@ impl SourceEngine {
             (Phase::Syncing, E::Synced { dirty_pages }) => self.round_or_pause(now, dirty_pages),
             (Phase::Opening(kind), E::Done) => {
                 self.round.began = now;
-                self.path.rate.resume(self.path.under_way, now);
+                self.path.rate.resume(self.path.unacknowledged, now);
                 self.send(kind, now);
             }
             (Phase::Sending(kind), E::Sent { pages_left, sent }) => self.sent(kind, now, pages_left, sent),
             (Phase::Closing(RoundKind::Final), E::Done) => self.go(Phase::Draining, A::Drain),
             (Phase::Closing(_), E::Done) => {
-                self.path.rate.add(std::mem::take(&mut self.round.at_fence), self.path.under_way, now);
+                self.path.rate.add(std::mem::take(&mut self.round.at_fence), self.path.unacknowledged, now);
                 self.go(Phase::Syncing, A::Sync { last: false });
             }
             (Phase::Pausing, E::Done) if self.config.holds => self.wait(Phase::Holding, None),
@@ -358,7 +358,7 @@ impl SourceEngine {
 
     /// A slice was sent.
     fn sent(&mut self, kind: RoundKind, now: Duration, pages_left: u64, sent: Sent) {
-        self.path.rate.add(sent, self.path.under_way, now);
+        self.path.rate.add(sent, self.path.unacknowledged, now);
         self.round.bytes += sent.wire;
         if kind == RoundKind::Live && self.must_give_up(now) {
             return self.give_up();
@@ -376,11 +376,11 @@ impl SourceEngine {
         if self.postcopy.wanted {
             return self.switch_to_postcopy();
         }
-        let fits = |engine: &Self, behind| engine.fits(engine.downtime_behind(behind, dirty_pages));
+        let fits = |engine: &Self, behind| engine.fits(engine.downtime_after(behind, dirty_pages));
         let until = Some(now + self.config.slice);
         let waits = self.config.switchover == Switchover::WhenItFits
             && !self.is_late(now)
-            && !fits(self, self.path.under_way)
+            && !fits(self, self.path.unacknowledged)
             && fits(self, 0);
         if waits {
             // The link is busy in any case; pages sent now would be written again before they leave.
@@ -396,11 +396,11 @@ impl SourceEngine {
             Switchover::WhenItFits if self.must_pause(now) => self.pause(),
             Switchover::WhenUpstreamStops if self.upstream_stopped => self.pause(),
             Switchover::WhenUpstreamStops if dirty_pages == 0 => self.wait(Phase::Waiting, until),
-            Switchover::WhenItFits if fits(self, self.path.under_way) => self.pause(),
+            Switchover::WhenItFits if fits(self, self.path.unacknowledged) => self.pause(),
             Switchover::WhenItFits if self.switch_is_due(now) => self.switch_to_postcopy(),
             // A round without pages gains nothing, however the estimate is.
             Switchover::WhenItFits
-                if dirty_pages == 0 && self.path.under_way == 0 && self.round.number > 0 =>
+                if dirty_pages == 0 && self.path.unacknowledged == 0 && self.round.number > 0 =>
             {
                 self.pause();
             }

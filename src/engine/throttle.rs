@@ -84,7 +84,7 @@ pub enum Change {
 /// The vCPUs under their quota.
 #[derive(Debug, Default)]
 struct Vcpus {
-    looked: Duration,
+    checked_at: Duration,
     pages: Vec<u64>,
     rests: Vec<u16>,
 }
@@ -168,7 +168,9 @@ impl Throttler {
 
     /// True if [`vcpus`](Self::vcpus) has to be called: at intervals while the guest runs.
     pub fn wants_vcpus(&self, now: Duration) -> bool {
-        self.vcpus.as_ref().is_some_and(|vcpus| vcpus.pages.is_empty() || now >= vcpus.looked + POLL_INTERVAL)
+        self.vcpus
+            .as_ref()
+            .is_some_and(|vcpus| vcpus.pages.is_empty() || now >= vcpus.checked_at + POLL_INTERVAL)
     }
 
     /// `pages`: the number of pages that each vCPU has written so far. Returns the new rest of each vCPU for which it
@@ -177,9 +179,9 @@ impl Throttler {
         let (Some(ThrottlePolicy::DirtyLimit { quota }), Some(vcpus)) = (self.means, &mut self.vcpus) else {
             return Vec::new();
         };
-        let took = now.saturating_sub(vcpus.looked);
+        let took = now.saturating_sub(vcpus.checked_at);
         let before = std::mem::replace(&mut vcpus.pages, pages.to_vec());
-        vcpus.looked = now;
+        vcpus.checked_at = now;
         vcpus.rests.resize(pages.len(), 0);
         let mut changed = Vec::new();
         for (vcpu, (now, before)) in pages.iter().zip(&before).enumerate() {
@@ -221,7 +223,7 @@ fn rest(quota: Rate, rate: Rate, rest: u16) -> u16 {
     let step = if share > FAR { share * 100 / (100 - share) } else { STEP };
     let step = u16::try_from(step).unwrap_or(u16::MAX);
     let rest = if rate > quota { rest.saturating_add(step) } else { rest.saturating_sub(step) };
-    rest.min(RestShare::MOST.percent_of_run())
+    rest.min(RestShare::MAX.percent_of_run())
 }
 
 /// `value * by / of`, without overflow; 0 if `of` is.

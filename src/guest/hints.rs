@@ -61,12 +61,12 @@ struct Shared {
     sources: Vec<Arc<dyn DirtySource>>,
     /// True if there are hints: the page loop checks this once a batch, without the lock.
     any: AtomicBool,
-    told: Mutex<Told>,
+    state: Mutex<State>,
     #[cfg(test)]
     breakage: Mutex<HintBreakage>,
 }
 
-struct Told {
+struct State {
     epoch: u64,
     open: bool,
     free: Vec<PageRun>,
@@ -90,21 +90,21 @@ impl PageHints {
             table: table.clone(),
             sources: sources.to_vec(),
             any: AtomicBool::new(false),
-            told: Mutex::new(Told { epoch: 0, open: false, free: Vec::new() }),
+            state: Mutex::new(State { epoch: 0, open: false, free: Vec::new() }),
             #[cfg(test)]
             breakage: Mutex::default(),
         }))
     }
 
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.0.told.locked()
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.locked()
     }
 
     /// The epoch in which hints are valid now; `None` while the logs are read, before the first sync and after the
     /// last.
     pub fn epoch(&self) -> Option<HintEpoch> {
-        let told = self.told();
-        told.open.then_some(HintEpoch(told.epoch))
+        let state = self.state();
+        state.open.then_some(HintEpoch(state.epoch))
     }
 
     /// The guest does not need the contents of the pages of `run`, and keeps them free until this returns. It delays
@@ -114,8 +114,8 @@ impl PageHints {
     /// [`HintError`]; the pages are then sent like all others.
     pub fn free(&self, epoch: HintEpoch, run: PageRun) -> Result<Hinted, HintError> {
         self.0.table.admit_run(run)?;
-        let mut told = self.told();
-        if !told.open || HintEpoch(told.epoch) != epoch {
+        let mut state = self.state();
+        if !state.open || HintEpoch(state.epoch) != epoch {
             #[cfg(test)]
             if !self.breakage().any_epoch {
                 return Ok(Hinted::TooLate);
@@ -123,13 +123,13 @@ impl PageHints {
             #[cfg(not(test))]
             return Ok(Hinted::TooLate);
         }
-        if told.free.len() >= MAX_WAITING {
+        if state.free.len() >= MAX_WAITING {
             return Ok(Hinted::Full);
         }
         self.arm(run)?;
-        match told.free.last_mut() {
+        match state.free.last_mut() {
             Some(last) if last.block == run.block && last.end() == run.first => last.pages += run.pages,
-            _ => told.free.push(run),
+            _ => state.free.push(run),
         }
         self.0.any.store(true, Ordering::Release);
         Ok(Hinted::Taken)
@@ -146,22 +146,22 @@ impl PageHints {
 
     /// A sync is over: hints are accepted from here on.
     pub(crate) fn open(&self) {
-        let mut told = self.told();
-        told.epoch += 1;
-        told.open = true;
+        let mut state = self.state();
+        state.epoch += 1;
+        state.open = true;
     }
 
     /// The logs are about to be read: no hint is accepted from here on.
     pub(crate) fn close(&self) {
-        self.told().open = false;
+        self.state().open = false;
     }
 
     /// Calls `each` for every run that was hinted since the last call.
     pub(crate) fn drain(&self, each: impl FnMut(PageRun)) {
         if self.0.any.load(Ordering::Acquire) {
-            let mut told = self.told();
+            let mut state = self.state();
             self.0.any.store(false, Ordering::Release);
-            told.free.drain(..).for_each(each);
+            state.free.drain(..).for_each(each);
         }
     }
 

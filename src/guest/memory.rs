@@ -12,7 +12,10 @@ use crate::units::BlockIndex;
 #[non_exhaustive]
 pub enum GuestError {
     /// More host pages were begun than one channel may leave incomplete.
-    #[error("RAM block {block}: a page of the host page at {offset:#x} came while others were unfinished")]
+    #[error(
+        "RAM block {block}: a page of the host page at {offset:#x} arrived before another host page was \
+        complete"
+    )]
     Unfinished {
         /// The block.
         block: String,
@@ -88,7 +91,7 @@ pub enum LayoutChange {
         loss: Loss,
     },
     /// A block is gone; its memory stays mapped until the migration is over.
-    #[error("RAM block {block} was taken away")]
+    #[error("RAM block {block} was removed")]
     Removed {
         /// The block.
         block: BlockName,

@@ -3,7 +3,6 @@
 mod control;
 mod dirty;
 mod discards;
-mod gate;
 mod hints;
 #[cfg(feature = "kvm")]
 mod kvm;
@@ -21,6 +20,7 @@ mod sources;
 pub mod synthetic;
 #[cfg(any(test, feature = "testing"))]
 mod testing;
+mod vcpu_gate;
 mod vcpu_threads;
 mod vhost_log;
 #[cfg(feature = "vm-memory")]
@@ -32,7 +32,6 @@ pub use control::{DeviceState, GuestControl};
 pub(crate) use control::{load_state, save_state, state_size};
 pub use dirty::{DirtyError, DirtySource};
 pub use discards::{DiscardManager, PlugMap};
-pub use gate::VcpuGate;
 #[cfg(test)]
 pub(crate) use hints::HintBreakage;
 pub use hints::{HintEpoch, HintError, Hinted, PageHints};
@@ -48,6 +47,7 @@ pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};
 #[cfg(any(test, feature = "testing"))]
 pub use testing::TestMachine;
+pub use vcpu_gate::VcpuGate;
 pub use vcpu_threads::VcpuThreads;
 pub use vhost_log::VhostLog;
 pub(crate) use write_protection::WriteProtection;

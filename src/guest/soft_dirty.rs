@@ -162,7 +162,7 @@ impl DirtySource for SoftDirty {
         let mut result = Ok(());
         self.writers
             .hold(&mut || result = self.take(running))
-            .map_err(|error| DirtyError::kernel(NAME, "holding the guest's writers still", error))?;
+            .map_err(|error| DirtyError::kernel(NAME, "stopping the guest's writers", error))?;
         result.map_err(|error| DirtyError::kernel(NAME, "taking the soft-dirty bits", error))?;
         running.handed_out.fill(false);
         Ok(())
@@ -219,7 +219,7 @@ fn probe_scratch() -> Result<(), DirtyError> {
         Ok(())
     };
     let start = scratch.region().address();
-    let look = || {
+    let read_bits = || {
         let mut seen = Vec::new();
         let read = bits.read(start..start + 2 * page, |range| seen.push(range));
         read.map(|()| seen).map_err(failed("/proc/self/pagemap"))
@@ -227,9 +227,9 @@ fn probe_scratch() -> Result<(), DirtyError> {
     touch(0)?;
     touch(page)?;
     bits.clear_all().map_err(failed("/proc/self/clear_refs"))?;
-    let before = look()?;
+    let before = read_bits()?;
     touch(page)?;
-    let after = look()?;
+    let after = read_bits()?;
     let expected = start + page..start + 2 * page;
     match (before.as_slice(), after.as_slice()) {
         ([], [seen]) if *seen == expected => Ok(()),

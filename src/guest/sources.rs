@@ -68,7 +68,7 @@ impl fmt::Display for Choice {
 
 /// No candidate works here.
 #[derive(Debug, thiserror::Error)]
-#[error("no way to find out which pages the guest writes{}", .refused.iter().map(|r| format!("; {r}")).collect::<String>())]
+#[error("no dirty source works for this guest{}", .refused.iter().map(|r| format!("; {r}")).collect::<String>())]
 pub struct NoSource {
     /// Every candidate's reason, in order.
     pub refused: Vec<DirtyError>,

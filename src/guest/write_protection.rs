@@ -90,7 +90,7 @@ impl WriteProtection {
     ///
     /// # Errors
     /// [`GuestError::Kernel`].
-    pub(crate) fn look(&mut self) -> Result<PageSet, GuestError> {
+    pub(crate) fn find_used(&mut self) -> Result<PageSet, GuestError> {
         let merges = if self.faults.protects_unpopulated() { MAX_GAP } else { 0 };
         let mut new = self.nothing.clone();
         for (index, block) in (0..).map(BlockIndex).zip(&self.blocks) {

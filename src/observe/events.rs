@@ -98,14 +98,18 @@ impl fmt::Display for NotConverging {
         let mega = |bytes: u64| bytes as f64 / 1e6;
         write!(
             f,
-            "after {} rounds {:.1} MB remain; the guest writes {:.1} MB/s, {:.1} MB/s leave",
+            "after {} rounds {:.1} MB remain; the guest writes {:.1} MB/s, {:.1} MB/s are sent",
             self.rounds,
             mega(self.remaining),
             mega(self.written_per_second),
             mega(self.sent_per_second)
         )?;
         match self.expected_downtime_ms {
-            Some(ms) => write!(f, "; to pause it now would take {ms:.0} ms of {:.0}", self.downtime_limit_ms),
+            Some(ms) => write!(
+                f,
+                "; pausing it now would take {ms:.0} ms, the limit is {:.0}",
+                self.downtime_limit_ms
+            ),
             None => Ok(()),
         }
     }
@@ -211,7 +215,7 @@ impl Shared {
         }
     }
 
-    fn is_heard(&self) -> bool {
+    fn has_listener(&self) -> bool {
         self.listeners > 0 || !self.readers.is_empty()
     }
 }
@@ -238,7 +242,7 @@ impl SharedStatistics {
         let before =
             Seen { status: statistics.status, round: statistics.round_count(), ended: statistics.ended };
         change(statistics);
-        if !shared.is_heard() {
+        if !shared.has_listener() {
             return;
         }
         let kinds: Vec<_> = EventKind::of_change(&before, &shared.statistics).collect();
@@ -250,7 +254,7 @@ impl SharedStatistics {
     /// Reports an event that no figure shows.
     pub(crate) fn tell(&self, kind: EventKind) {
         let mut shared = self.lock();
-        if shared.is_heard() {
+        if shared.has_listener() {
             let event = shared.tell(kind);
             drop(shared);
             self.call(&[event]);

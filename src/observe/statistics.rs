@@ -260,7 +260,7 @@ pub struct Statistics {
     pub throughput: u64,
     /// Pages a second, of every kind, in the last window.
     pub pages_per_second: u64,
-    /// Share of its time that the guest is held back so that the migration converges, in percent; 0: it is not.
+    /// Share of its time for which the guest is throttled so that the migration converges, in percent; 0: it is not.
     pub throttle_percent: u8,
     /// Time since the start.
     pub total_time: f64,

@@ -70,7 +70,7 @@ pub enum Refusal {
         blocks: u32,
     },
     /// The range ends after the end of the block.
-    #[error("RAM block {block}: {len} bytes at {offset} end behind the block ({used_length} bytes)")]
+    #[error("RAM block {block}: {len} bytes at {offset} end beyond the block ({used_length} bytes)")]
     OutOfBlock {
         /// The block.
         block: BlockName,

@@ -13,6 +13,6 @@ pub(super) fn guarded<T>(during: &'static str, call: impl FnOnce() -> T) -> Resu
 /// For calls during cleanup, which must continue: a panic is only logged.
 pub(super) fn quietly(during: &'static str, call: impl FnOnce()) {
     if let Err(error) = guarded(during, call) {
-        tracing::warn!(%error, "the migration goes on");
+        tracing::warn!(%error, "the migration continues");
     }
 }

@@ -152,7 +152,7 @@ pub struct SourceSettings {
     /// The guest is already paused, and stays so until it has arrived: nothing writes to its memory. Only such a guest
     /// may have no dirty source; false. It is "paused" and, after a failure, "resumed" like any other: its
     /// [`GuestControl`](crate::guest::GuestControl) leaves it as it was.
-    pub guest_stands_still: bool,
+    pub guest_is_paused: bool,
     /// Every page is sent at least once. Without it only the pages that the dirty sources report are sent.
     pub all_dirty_at_start: bool,
     /// Names this migration; 128 random bits.
@@ -198,7 +198,7 @@ impl SourceSettings {
             vmm_configuration: Vec::new(),
             pass_memory: false,
             early_sections: Vec::new(),
-            guest_stands_still: false,
+            guest_is_paused: false,
             all_dirty_at_start: true,
             migration_id: random_id(),
             ram_section: RAM_SECTION_ID,
@@ -247,7 +247,7 @@ pub struct DestinationSettings {
     pub postcopy: bool,
     /// Pages that were written through the backing file are mapped after their arrival, by a thread that runs only
     /// while a core is idle, so that the guest meets fewer faults. True; of no use where no guest runs here.
-    pub map_behind: bool,
+    pub map_in_background: bool,
     /// A source on this host may pass memory as descriptors ([`Incoming::passed`](super::Incoming::passed)), which the
     /// [`MemoryProvider`](super::MemoryProvider) then maps instead of memory of its own. Nothing may write to it before
     /// the device state is loaded, which then follows COMMIT. False.
@@ -255,7 +255,7 @@ pub struct DestinationSettings {
     /// The device state is handed on as it arrived, for programs that store it or send it on; `false`: the state of a
     /// VMM without sections of its own is taken out of the section in which it arrived from a file or a pipe, as it was
     /// saved.
-    pub state_as_it_came: bool,
+    pub raw_device_state: bool,
     /// The threads of the vCPUs, so that after a switch to postcopy the time that each of them waits for missing pages
     /// is known ([`PageWaits`](crate::observe::PageWaits)). None is known.
     pub vcpu_threads: VcpuThreads,
@@ -273,9 +273,9 @@ impl Default for DestinationSettings {
             max_state: 1 << 30,
             accept_missing_description: false,
             postcopy: false,
-            map_behind: true,
+            map_in_background: true,
             take_memory: false,
-            state_as_it_came: false,
+            raw_device_state: false,
             vcpu_threads: VcpuThreads::default(),
             spawner: Spawner::default(),
         }

@@ -118,7 +118,7 @@ impl Control {
         let mut limits = self.limits();
         if limits.postcopy == Postcopy::NotAnnounced {
             return Err(Error::Config {
-                what: "the destination was not told that this migration may switch to postcopy".into(),
+                what: "a switch to postcopy was not announced to the destination".into(),
                 remedy: Remedy::Advice("start it with SourceSettings::postcopy"),
             });
         }
@@ -261,7 +261,8 @@ impl Throttleable {
         }
         if matches!(throttling, Some(ThrottlePolicy::DirtyLimit { .. })) && self.counts_vcpus == Some(false) {
             return Err(Error::Config {
-                what: "this guest can't tell what each of its vCPUs writes, which a dirty limit needs".into(),
+                what: "this guest does not report what each of its vCPUs writes, which a dirty limit needs"
+                    .into(),
                 remedy: Remedy::Advice("use auto-converge, or a VMM that counts by vCPU (KVM's dirty ring)"),
             });
         }

@@ -57,8 +57,8 @@ pub enum Error {
         text: String,
     },
     /// The migration failed and the guest could not be let run again; it is whole at the source.
-    #[error("{why}; the guest is whole here but could not resume; resume it by hand")]
-    StandsStill {
+    #[error("{why}; the guest is whole here but could not be resumed; resume it by hand")]
+    NotResumed {
         /// Why the migration failed.
         why: String,
         /// The VMM's answer.
@@ -104,7 +104,7 @@ pub enum Error {
         while_doing: &'static str,
     },
     /// The peer is connected and does not send the message that is due.
-    #[error("the destination did not say {what} within {} s; {remedy}", after.as_secs_f32())]
+    #[error("the destination did not report {what} within {} s; {remedy}", after.as_secs_f32())]
     NoAnswer {
         /// The message that was due.
         what: &'static str,
@@ -133,8 +133,8 @@ pub enum Error {
     LayoutChanged(LayoutChange),
     /// The kernel has lost memory of the guest.
     #[error(
-        "RAM block {block} has lost memory: {loss}; what is here of it can't be trusted; see what changed its file or \
-         used its pages up"
+        "RAM block {block} has lost memory: {loss}; its contents here can't be trusted; check what changed its \
+        file or used its pages up"
     )]
     MemoryLost {
         /// The block.
@@ -143,7 +143,7 @@ pub enum Error {
         loss: Loss,
     },
     /// RAM or state arrived changed.
-    #[error("what arrived is not what was sent; the guest was not started from it")]
+    #[error("the received guest differs from the one that was sent; it was not started")]
     Digest(#[from] crate::session::digest::Mismatch),
     /// The ends have different numbers of page channels.
     #[error(transparent)]
@@ -208,7 +208,7 @@ impl From<MoveError> for Error {
             MoveError::Guest(error) => Self::Guest(error),
             MoveError::Panicked { during, text } => Self::Panicked { during, text },
             MoveError::UnknownStyle => Self::Config {
-                what: "nothing tells how the peer wants its page channels".into(),
+                what: "the peer's format of page channels is not known".into(),
                 remedy: Remedy::NamePeer,
             },
         }
@@ -225,7 +225,7 @@ impl Error {
             Self::Passed { why, .. } => why.kind(),
             Self::Control { .. }
             | Self::Panicked { .. }
-            | Self::StandsStill { .. }
+            | Self::NotResumed { .. }
             | Self::Guest(_)
             | Self::Checkpoint(_)
             | Self::Serve(_)

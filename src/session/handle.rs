@@ -133,7 +133,9 @@ impl<R> MigrationHandle<R> {
         !self.report.is_empty() || self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Waits for the end. The session's own timeouts limit the wait, if the embedder's callbacks return.
+    /// Waits for the end and returns the report. The session's own timeouts limit the wait, if the embedder's callbacks
+    /// return. A migration that failed has a report, too, with the reason in its `error`: also after a failure the caller
+    /// must read from it who owns the guest.
     ///
     /// # Errors
     /// [`Error::Thread`] if the thread died without a report, by a fault of this library: a callback that panics does

@@ -33,7 +33,7 @@ pub use checkpoint::{
 pub use config::{DestinationSettings, PostcopySettings, SourceSettings, Verify};
 pub use control::Control;
 #[cfg(test)]
-pub(crate) use destination::Arrival;
+pub(crate) use destination::IncomingObserver;
 pub use destination::{
     DestinationGuest, DestinationReport, DestinationSession, Incoming, MemoryProvider, MissingPages,
     NextConnection, Zeroed,

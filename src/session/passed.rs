@@ -124,8 +124,8 @@ pub enum NotPassed {
     LeftOut,
     /// The memory that was provided is other memory.
     #[error(
-        "the memory that was provided for it is not a mapping of the descriptor that came (Incoming::passed): map that, and \
-         tell its file (HostRegion::from_raw_file)"
+        "the memory that was provided for it is not a mapping of the descriptor that arrived \
+        (Incoming::passed): map that, and give its file (HostRegion::from_raw_file)"
     )]
     OtherMemory,
 }
@@ -182,8 +182,8 @@ pub(super) fn check_announced(passed: &[PassedBlock], announced: &[RamBlock]) ->
 /// # Errors
 /// [`Error::Passed`].
 pub(super) fn check_all(passed: &[PassedBlock], announced: &[RamBlock]) -> Result<(), Error> {
-    let has_come = |block: &&RamBlock| passed.iter().any(|passed| passed.name == block.name);
-    match announced.iter().find(|block| !has_come(block)) {
+    let is_received = |block: &&RamBlock| passed.iter().any(|passed| passed.name == block.name);
+    match announced.iter().find(|block| !is_received(block)) {
         Some(block) => Err(Error::Passed { block: block.name.clone(), why: NotPassed::NoDescriptor }),
         None => Ok(()),
     }

@@ -109,7 +109,7 @@ impl Follower {
                     // Its thread died without a last event.
                     Err(_) => return self.out.flush(),
                 },
-                recv(self.ended) -> _ => return self.last_words(),
+                recv(self.ended) -> _ => return self.write_end(),
                 recv(wait) -> _ => {
                     let now = self.statistics.snapshot();
                     let sample = self.recorder.sample(self.began.elapsed(), &now);
@@ -121,7 +121,7 @@ impl Follower {
     }
 
     /// Events from before the log was ended.
-    fn last_words(&mut self) -> io::Result<()> {
+    fn write_end(&mut self) -> io::Result<()> {
         while let Ok(event) = self.events.try_recv() {
             if self.take(&event)? {
                 break;

@@ -177,9 +177,9 @@ mod tests {
             }
             item
         };
-        let mut looked = Some(enough);
+        let mut enough = Some(enough);
         let watched = spawner.map_watched("watched", 3, work, || {
-            drop(looked.take());
+            drop(enough.take());
             Ok(())
         });
         assert_eq!(watched.unwrap(), [0, 1, 2]);

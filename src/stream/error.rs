@@ -308,8 +308,8 @@ pub enum Fault {
     },
     /// A file that leaves shared blocks out in a way that cannot be read.
     #[error(
-        "under x-ignore-shared this mapped-ram file leaves no block out: QEMU 10.2 and older write it so that nobody can \
-         read it; save the guest without x-ignore-shared, or by QEMU 11.0 or newer"
+        "under x-ignore-shared this mapped-ram file leaves no block out: QEMU 10.2 and older write it in a form \
+        that can't be read; save the guest without x-ignore-shared, or by QEMU 11.0 or newer"
     )]
     MappedRamShared,
     /// A multifd packet or channel that breaks the rules.

@@ -29,7 +29,8 @@ pub enum HandedFaultsError {
     },
     /// UFFDIO_API was not called on it, or not with the required features.
     #[error(
-        "the userfaultfd does not tell of removed pages (UFFD_FEATURE_EVENT_REMOVE), so that a balloon's pages would come \
+        "the userfaultfd does not report removed pages (UFFD_FEATURE_EVENT_REMOVE), so that a balloon's pages \
+        would come \
          back as they were; ask for that feature by UFFDIO_API"
     )]
     Features,
@@ -165,7 +166,7 @@ impl HandedFaults {
     pub fn wake(&self, at: usize, len: usize) {
         if let Err(error) = self.uffd.wake(at as *mut _, len) {
             // Unmapped meanwhile, or the process has ended: no thread waits.
-            tracing::debug!(%error, "nobody was woken");
+            tracing::debug!(%error, "no thread was woken");
         }
     }
 }

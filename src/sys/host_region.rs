@@ -294,16 +294,11 @@ impl<'a> HostSpan<'a> {
         len
     }
 
-    /// As [`copy_from`](Self::copy_from), bypassing the caches if the processor supports it: for bytes that this
-    /// process does not read soon. Otherwise a store to cold memory first reads the line that it overwrites.
+    /// As [`copy_from`](Self::copy_from), from separate pieces that are stored one after the other, and bypassing the
+    /// caches if the processor supports it: for bytes that this process does not read soon. Otherwise a store to cold
+    /// memory first reads the line that it overwrites. Returns how many bytes.
     ///
     /// The bytes are in place for other threads when this returns.
-    pub fn stream_from(self, bytes: &[u8]) -> usize {
-        self.stream_pages(std::iter::once(bytes))
-    }
-
-    /// As [`stream_from`](Self::stream_from), from separate pieces that are stored one after the other; returns how
-    /// many bytes.
     pub fn stream_pages<'b>(self, pieces: impl Iterator<Item = &'b [u8]>) -> usize {
         let mut at = 0;
         for piece in pieces {

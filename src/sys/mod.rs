@@ -3,8 +3,8 @@
 
 #[cfg(test)]
 pub(crate) mod blocked;
+mod descriptor_passing;
 mod descriptors;
-mod faults;
 mod handed_faults;
 mod host_region;
 #[cfg(feature = "kvm")]
@@ -18,19 +18,17 @@ mod lost_memory;
 mod low_water;
 mod mapping;
 mod memory_file;
+mod memory_room;
+mod minor_faults;
 mod missing_faults;
 #[cfg(feature = "rdma")]
 mod nic_region;
 mod numa;
 mod page_out;
 mod pagemap_scan;
-mod parts;
-mod passing;
 mod peer;
 mod placed_io;
 mod random;
-mod room;
-mod scan;
 mod shared_bits;
 mod shared_file;
 mod sigpipe;
@@ -43,16 +41,16 @@ pub(crate) mod testing;
 mod threads;
 mod uffd;
 mod untouched;
+mod vectored_io;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_region;
 mod wake_event;
 mod write_faults;
+mod zero_scan;
 mod zerocopy;
 
+pub(crate) use descriptor_passing::{recv_with_descriptors, send_with_descriptor};
 pub use descriptors::{duplicate, take_inherited_fd};
-pub(crate) use faults::FaultWatch;
-#[cfg(test)]
-pub(crate) use faults::thread_page_faults;
 pub use handed_faults::{HandedEvent, HandedFaults, HandedFaultsError, Placement};
 pub use host_region::{HostRegion, HostSpan, OutOfRegion};
 #[cfg(feature = "kvm")]
@@ -66,20 +64,18 @@ pub use lost_memory::{Loss, survive_lost_memory};
 pub(crate) use low_water::set_low_water;
 pub use mapping::{Mapping, MappingError, discard, populate};
 pub(crate) use mapping::{is_there, populate_read, set_huge_pages};
+pub use memory_room::{MemoryBound, MemoryRoom, memory_room};
+pub(crate) use minor_faults::MinorFaultMonitor;
+#[cfg(test)]
+pub(crate) use minor_faults::thread_page_faults;
 pub use missing_faults::{FaultAt, MissingFault, MissingFaults, MissingFaultsError};
 pub(crate) use numa::{NumaNode, cpu_list, node_of_address};
-pub use numa::{keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus};
+pub use numa::{nodes_of_pages, numa_nodes, own_cpus, set_cpu_affinity};
 pub use page_out::page_out;
 pub(crate) use pagemap_scan::Pagemap;
-pub(crate) use parts::{FdKind, MAX_PARTS, recv_parts, send_parts};
-pub use parts::{RecvPart, SendPart};
-pub(crate) use passing::{recv_with_descriptors, send_with_descriptor};
 pub use peer::{PeerProcess, peer_process};
 pub(crate) use placed_io::{cached_bytes, read_at, write_at};
 pub(crate) use random::random_id;
-pub use room::{MemoryBound, MemoryRoom, memory_room};
-pub use scan::is_zero;
-pub(crate) use scan::look_ahead;
 pub(crate) use shared_bits::SharedBitmap;
 pub use shared_file::{SharedFile, SharedFileError};
 pub(crate) use soft_dirty::SoftDirtyBits;
@@ -90,7 +86,11 @@ pub use threads::{Job, SpawnFn, spawn_thread};
 pub(crate) use threads::{only_when_idle, this_thread};
 pub(crate) use uffd::{UffdError, WriteProtector};
 pub use untouched::release_zeros;
+pub(crate) use vectored_io::{FdKind, MAX_PARTS, recv_parts, send_parts};
+pub use vectored_io::{RecvPart, SendPart};
 pub(crate) use wake_event::WakeEvent;
 pub(crate) use write_faults::WriteFaults;
 pub use write_faults::WriteFaultsError;
+pub use zero_scan::is_zero;
+pub(crate) use zero_scan::look_ahead;
 pub(crate) use zerocopy::{ZeroCopyReceipt, allow_zero_copy, zero_copy_receipt};

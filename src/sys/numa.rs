@@ -66,7 +66,7 @@ pub fn own_cpus() -> io::Result<Vec<u32>> {
 ///
 /// # Errors
 /// The error of sched_setaffinity(2); EPERM from a seccomp filter.
-pub fn keep_to_cpus(cpus: &[u32]) -> io::Result<bool> {
+pub fn set_cpu_affinity(cpus: &[u32]) -> io::Result<bool> {
     let mut set = CpuSet::new();
     own_cpus()?.into_iter().filter(|cpu| cpus.contains(cpu)).for_each(|cpu| set.set(cpu as usize));
     if set.count() == 0 {
@@ -180,13 +180,13 @@ mod tests {
     fn a_thread_keeps_to_processors_that_it_may_run_on() {
         let thread = std::thread::spawn(|| {
             let before = own_cpus().unwrap();
-            assert!(!keep_to_cpus(&[1023]).unwrap(), "processors that nobody has");
+            assert!(!set_cpu_affinity(&[1023]).unwrap(), "processors that nobody has");
             assert_eq!(own_cpus().unwrap(), before);
             let last = before[before.len() - 1];
-            assert!(keep_to_cpus(&[last, 1023]).unwrap());
+            assert!(set_cpu_affinity(&[last, 1023]).unwrap());
             assert_eq!(own_cpus().unwrap(), [last]);
             if before.len() > 1 {
-                assert!(!keep_to_cpus(&before[..1]).unwrap(), "not where it may not run any more");
+                assert!(!set_cpu_affinity(&before[..1]).unwrap(), "not where it may not run any more");
             }
         });
         thread.join().unwrap();

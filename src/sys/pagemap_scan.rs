@@ -92,7 +92,7 @@ impl Pagemap {
                 each(region.start as usize..region.end as usize);
             }
             if walked <= at {
-                return Err(io::Error::other("PAGEMAP_SCAN made no way"));
+                return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
             }
             at = walked;
         }
@@ -130,7 +130,7 @@ impl Pagemap {
                 each(region.start as usize..region.end as usize);
             }
             if walked <= at {
-                return Err(io::Error::other("PAGEMAP_SCAN made no way"));
+                return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
             }
             at = walked;
         }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::HostSpan;
-use super::parts::{NO_PARTS, SendPart, gather};
+use super::vectored_io::{NO_PARTS, SendPart, gather};
 
 /// Maximum number of bytes in one call, so that the call returns and can be stopped.
 const MAX_CALL: usize = 8 << 20;

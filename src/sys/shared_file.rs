@@ -33,7 +33,7 @@ pub enum SharedFileError {
         file_len: u64,
     },
     /// The kernel gives no information about it.
-    #[error("the kernel tells nothing of the descriptor")]
+    #[error("the kernel reports nothing about the descriptor")]
     Kernel(#[from] io::Error),
 }
 

@@ -12,8 +12,8 @@ use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 
 use super::SendPart;
-use super::parts::{NO_PARTS, gather, has_own};
 use super::sigpipe::without_sigpipe;
+use super::vectored_io::{NO_PARTS, gather, has_own};
 
 /// A pipe that passes guest pages to a socket.
 #[derive(Debug)]

@@ -35,7 +35,7 @@ struct UffdioApi {
 pub(crate) enum UffdError {
     /// The system call is missing or forbidden.
     #[error(
-        "userfaultfd is not to be had; allow the system call in the seccomp filter (CONFIG_USERFAULTFD=y)"
+        "userfaultfd is not available; allow the system call in the seccomp filter (CONFIG_USERFAULTFD=y)"
     )]
     Open {
         /// The kernel's error.

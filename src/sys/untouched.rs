@@ -41,7 +41,7 @@ impl HostRegion {
     pub(crate) fn touched_in(&self, part: Range<u64>, mut each: impl FnMut(Range<u64>)) {
         let part = part.start.min(self.len())..part.end.min(self.len());
         if let Err(error) = self.ask_for_touched(part.clone(), &mut each) {
-            tracing::debug!(%error, region = ?self, "memory is taken for used, since the kernel does not say");
+            tracing::debug!(%error, region = ?self, "all memory counts as used, since the kernel does not report it");
             each(part);
         }
     }
@@ -87,7 +87,7 @@ fn walk_data(file: BorrowedFd<'_>, range: Range<u64>, each: &mut impl FnMut(Rang
         };
         let hole = seek(file, SeekFrom::Hole(data))?.min(range.end);
         if hole <= data {
-            return Err(io::Error::other("SEEK_HOLE made no way"));
+            return Err(io::Error::other("SEEK_HOLE made no progress"));
         }
         each(data - range.start..hole - range.start);
         at = hole;

@@ -57,16 +57,31 @@ pub trait ByteSink: Send + Sealed {
         Err(ChannelError::Io { peer: "destination".into(), doing: "sending a descriptor", source })
     }
 
-    /// As [`ByteSource::outlast`], for both directions of the connection.
-    fn outlast(&mut self, _limit: Duration) {}
+    /// As [`ByteSource::tolerate_outage`], for both directions of the connection.
+    fn tolerate_outage(&mut self, _limit: Duration) {}
 
     /// Bytes sent so far.
     fn position(&self) -> u64;
 
     /// Of them, those that the peer's host does not have yet, if the kernel reports it: bytes sent next wait for them.
-    fn under_way(&self) -> u64 {
+    fn unacknowledged(&self) -> u64 {
         0
     }
+}
+
+/// What a reader of a byte stream expects of the bytes that follow. All `false` at first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ReadHints {
+    /// Bulk data follows, as pages follow pages. While it arrives fast a read may wait for less than a millisecond, so
+    /// that it takes more at once. Not to be set where the peer waits for what the next bytes cause.
+    pub bulk: bool,
+    /// The peer may hold a small message back until the one before is acknowledged (Nagle's algorithm): received bytes are
+    /// acknowledged at once, where the connection can.
+    pub small_messages: bool,
+    /// The protocol allows the peer to be silent without limit. Its silence is no stall then, as long as its kernel
+    /// answers; nothing answers for a pipe, where the stall timeout counts.
+    pub may_be_silent: bool,
 }
 
 /// The receiving side of a byte stream. Implemented by this library only.
@@ -80,13 +95,9 @@ pub trait ByteSource: Send + Sealed {
     /// [`ChannelError`].
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError>;
 
-    /// Whether bulk data follows, as pages follow pages. While it arrives fast a read may wait for less than a millisecond,
-    /// so that it takes more at once. `false` at first, and where the peer waits for what the next bytes cause.
-    fn set_bulk(&mut self, _bulk: bool) {}
-
-    /// Whether received bytes are acknowledged at once, where the connection can: a peer that holds a small message back until
-    /// the one before is acknowledged (Nagle) then does not wait. `false` at first.
-    fn set_prompt(&mut self, _prompt: bool) {}
+    /// What the caller expects of the bytes that it reads next. It changes how a transport waits, and no byte that it
+    /// returns.
+    fn set_hints(&mut self, _hints: ReadHints) {}
 
     /// Whether descriptors that come with the bytes are kept until they are [taken](Self::next_descriptor), from the next
     /// read on; else they are closed unseen. Returns whether some may come here. `false` at first.
@@ -99,21 +110,17 @@ pub trait ByteSource: Send + Sealed {
         None
     }
 
-    /// The last byte of the stream has arrived: did its writer end well? The exit status of a command shows it, and its
-    /// output after the stream is skipped; other sources have nothing to check.
+    /// The last byte of the stream has arrived: checks that its writer has not failed. The exit status of a command shows
+    /// it, and its output after the stream is skipped; other sources have nothing to check.
     ///
     /// # Errors
     /// [`ChannelError`]: the received bytes are not to be relied on.
-    fn ended_well(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
+    fn check_writer(&mut self, _stop: &Stop) -> Result<(), ChannelError> {
         Ok(())
     }
 
-    /// Whether the protocol allows the peer to be silent without limit. Then its silence is no stall as long as its kernel
-    /// answers; nothing answers for a pipe, where the stall timeout counts. `false` at first.
-    fn set_quiet(&mut self, _quiet: bool) {}
-
-    /// From here on the caller's [`Stop`] alone ends a wait: neither the stall time does, nor an outage of up to `limit`.
-    fn outlast(&mut self, _limit: Duration) {}
+    /// From here on the caller's [`Stop`] alone ends a wait: neither the stall timeout does, nor an outage of up to `limit`.
+    fn tolerate_outage(&mut self, _limit: Duration) {}
 
     /// Its descriptor, if closing that informs the peer that this end has gone.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

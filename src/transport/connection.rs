@@ -12,16 +12,16 @@ use crate::transport::{
 /// How messages name connections that the caller made.
 const HANDED_IN: &str = "the connections that were handed in";
 
-/// The way that was taken.
+/// The transport that a connection uses, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Way {
+pub struct ChosenTransport {
     /// A scheme, such as `rdma` or `tcp`; `channel` if the embedder made the connection.
     pub transport: &'static str,
     /// Why this transport was used; for an `auto:` address without RDMA: why RDMA was not possible.
     pub why: String,
 }
 
-impl Way {
+impl ChosenTransport {
     /// The transport that an address names.
     pub(super) fn named(address: &Address) -> Self {
         Self { transport: address.scheme(), why: "the address says so".into() }
@@ -40,13 +40,13 @@ pub struct SourceConnection {
     /// Source of the destination's messages; `None` for files and pipes.
     pub back: Option<Box<dyn ByteSource>>,
     /// The transport that was used, and why.
-    pub way: Way,
+    pub chosen: ChosenTransport,
 }
 
 impl SourceConnection {
     /// A connection of the caller's own.
     pub fn new(link: Box<dyn SourceLink>, back: Option<Box<dyn ByteSource>>) -> Self {
-        Self { link, back, way: Way::handed_in() }
+        Self { link, back, chosen: ChosenTransport::handed_in() }
     }
 
     /// Pages of `memory` are sent in the stream over `channel`; the destination's messages come back on it if it is a
@@ -84,8 +84,8 @@ impl SourceConnection {
         Ok(Self::new(Box::new(link), back.map(|back| Box::new(back) as Box<_>)))
     }
 
-    pub(super) fn by(self, way: Way) -> Self {
-        Self { way, ..self }
+    pub(super) fn by(self, chosen: ChosenTransport) -> Self {
+        Self { chosen, ..self }
     }
 }
 
@@ -109,13 +109,13 @@ pub struct DestinationConnection {
     /// Sink for messages to the source; `None` for files and pipes.
     pub back: Option<Box<dyn ByteSink>>,
     /// The transport that the source used, and why.
-    pub way: Way,
+    pub chosen: ChosenTransport,
 }
 
 impl DestinationConnection {
     /// A connection of the caller's own.
     pub fn new(link: Box<dyn DestinationLink>, back: Option<Box<dyn ByteSink>>) -> Self {
-        Self { link, back, way: Way::handed_in() }
+        Self { link, back, chosen: ChosenTransport::handed_in() }
     }
 
     /// All pages come in `stream`.
@@ -155,7 +155,7 @@ impl DestinationConnection {
         Ok(Self::new(Box::new(link), back.map(|back| Box::new(back) as Box<_>)))
     }
 
-    pub(super) fn by(self, way: Way) -> Self {
-        Self { way, ..self }
+    pub(super) fn by(self, chosen: ChosenTransport) -> Self {
+        Self { chosen, ..self }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 
-use super::open::{Listening, until_heard};
+use super::open::{Listening, retry_until_listening};
 use super::stream::unix::UnixListener;
 use crate::ram::BlockName;
 use crate::stream::qemu::cpr::{
@@ -29,18 +29,21 @@ pub enum CprError {
     #[error("the cpr channel")]
     Channel(#[from] ChannelError),
     /// The received bytes are no list of descriptors.
-    #[error("what came on the cpr channel is not understood")]
+    #[error("invalid data on the cpr channel")]
     State(#[from] CprStateError),
     /// It is longer than any guest's.
-    #[error("more than {MAX_CPR_STATE} bytes came on the cpr channel; is it the migration's own?")]
+    #[error(
+        "more than {MAX_CPR_STATE} bytes arrived on the cpr channel; is it the connection of the migration \
+        itself?"
+    )]
     Long,
     /// Descriptors are missing, or there are more.
-    #[error("{names} descriptors were announced on the cpr channel, and {came} came")]
+    #[error("{names} descriptors were announced on the cpr channel, and {arrived} arrived")]
     Descriptors {
         /// Number of names that arrived.
         names: usize,
         /// Number of descriptors that arrived.
-        came: usize,
+        arrived: usize,
     },
     /// The other end of the channel sends something itself.
     #[error(
@@ -108,7 +111,7 @@ impl CprListener {
         }
         let names = decode_cpr_state(&bytes)?;
         if names.len() != descriptors.len() {
-            return Err(CprError::Descriptors { names: names.len(), came: descriptors.len() });
+            return Err(CprError::Descriptors { names: names.len(), arrived: descriptors.len() });
         }
         Ok(CprMemory { _channel: channel, memory: names.into_iter().zip(descriptors).collect() })
     }
@@ -140,7 +143,7 @@ impl CprSender {
         stop: &Stop,
     ) -> Result<Self, OpenError> {
         let address = Address::unix(path.to_owned());
-        let channel = until_heard(&address, retry, stop, || connect(&address, options, stop))?;
+        let channel = retry_until_listening(&address, retry, stop, || connect(&address, options, stop))?;
         Ok(Self { channel })
     }
 
@@ -255,7 +258,7 @@ mod tests {
     fn fewer_descriptors_than_names_and_what_is_no_list_are_refused() {
         let refused =
             |names: &[&str], descriptors, last: &[u8]| passed(names, descriptors, last).unwrap_err();
-        assert!(matches!(refused(&["a", "b"], 1, &[0]), CprError::Descriptors { names: 2, came: 1 }));
+        assert!(matches!(refused(&["a", "b"], 1, &[0]), CprError::Descriptors { names: 2, arrived: 1 }));
         assert!(matches!(refused(&["a", "b"], 2, &[]), CprError::State(CprStateError::Truncated { .. })));
         assert!(matches!(refused(&["a"], 1, &[7]), CprError::State(CprStateError::Malformed { .. })));
         let long = vec![1; MAX_CPR_STATE];

@@ -22,7 +22,7 @@ pub enum ChannelError {
         doing: &'static str,
     },
     /// No byte moved within the stall time.
-    #[error("{peer} did not move a byte for {} s while {doing}; {}", after.as_secs(), Remedy::RaiseStallTimeout)]
+    #[error("no byte moved to or from {peer} for {} s while {doing}; {}", after.as_secs(), Remedy::RaiseStallTimeout)]
     Stalled {
         /// The peer.
         peer: String,
@@ -51,8 +51,8 @@ pub enum ChannelError {
     },
     /// The kernel stopped the command of `exec:`, since it tried to use the terminal.
     #[error(
-        "`{command}` stands still: it asks something at the terminal, which it can't use from here; have it ask nothing \
-         (ssh: a key, a known host, -o BatchMode=yes), or start it by hand and use unix: or fd:"
+        "`{command}` is stopped: it tried to use the terminal, which it can't from here; let it run without \
+        questions (ssh: a key, a known host, -o BatchMode=yes), or start it by hand and use unix: or fd:"
     )]
     CommandAsks {
         /// The command line.
@@ -67,7 +67,7 @@ pub enum ChannelError {
         doing: &'static str,
     },
     /// A page channel whose bytes are invalid.
-    #[error("{channel} is not understood")]
+    #[error("invalid data on {channel}")]
     Packet {
         /// Which.
         channel: String,
@@ -150,7 +150,7 @@ pub enum MoveError {
         text: String,
     },
     /// The format of page channels depends on the version of QEMU, which is unknown here.
-    #[error("nothing tells how the peer wants its page channels; {}", Remedy::NamePeer)]
+    #[error("the peer's format of page channels is not known; {}", Remedy::NamePeer)]
     UnknownStyle,
 }
 

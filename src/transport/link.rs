@@ -68,8 +68,8 @@ pub trait SourceLink: Send + Sealed {
     }
 
     /// Bytes that were sent, on any channel, and have not left this host, as far as it reports them.
-    fn under_way(&mut self) -> u64 {
-        self.sink().under_way()
+    fn unacknowledged(&mut self) -> u64 {
+        self.sink().unacknowledged()
     }
 
     /// Number of page channels.
@@ -123,7 +123,7 @@ pub trait SourceLink: Send + Sealed {
     ///
     /// # Errors
     /// [`MoveError::UnknownStyle`] from a link that must know.
-    fn write_for(&mut self, _style: Option<PeerStyle>) -> Result<(), MoveError> {
+    fn set_peer_style(&mut self, _style: Option<PeerStyle>) -> Result<(), MoveError> {
         Ok(())
     }
 

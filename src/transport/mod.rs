@@ -29,9 +29,9 @@ mod testing;
 mod tls;
 
 pub use crate::stream::qemu::cpr::CprStateError;
-pub use crate::stream::qemu::packed::Packing;
-pub use bytes::{ByteSink, ByteSource};
-pub use connection::{DestinationConnection, SourceConnection, Way};
+pub use crate::stream::qemu::page_compression::PageCompression;
+pub use bytes::{ByteSink, ByteSource, ReadHints};
+pub use connection::{ChosenTransport, DestinationConnection, SourceConnection};
 pub use cpr::{CprError, CprListener, CprMemory, CprSender};
 pub use error::{ChannelError, MoveError, Side};
 pub use inline::{DeltaCacheSize, InlineDestination, InlineLink, InlinePages};

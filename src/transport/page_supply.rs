@@ -59,7 +59,7 @@ impl StoredMemory {
         let file = File::open(path)?;
         let about = file.metadata()?;
         if !about.is_file() {
-            return Err(io::Error::other("it is no plain file: only there have pages places"));
+            return Err(io::Error::other("it is no regular file, which mapped: needs"));
         }
         let parts = vec![Part { block: BlockIndex(0), start: 0, len: about.len() }];
         Ok(Self { parts, contents: Contents::Plain { file, name: path.display().to_string() } })
@@ -151,7 +151,7 @@ impl StoredMemory {
             Contents::Plain { file, .. } => data(file, offset, end, mark),
             Contents::Remote(memory) => {
                 if let Err(error) = memory.present(offset, end, &mut mark) {
-                    tracing::warn!(%error, "all pages are asked for, since it is not known which hold something");
+                    tracing::warn!(%error, "all pages are requested, since it is not known which have contents");
                     mark(offset, end);
                 }
             }

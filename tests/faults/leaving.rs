@@ -158,7 +158,7 @@ fn a_doubt_about_the_last_destination_does_not_make_a_guest_whole_that_runs_at_a
     // That destination does not run it. The first one still does.
     let send = ["send", "tcp:127.0.0.1:1", "--destination-is-dead", "--dir"];
     let said = Ramwire::start(dir.path(), &send, &folder).failed(Deadline::seconds(60), 3);
-    assert!(said.contains("--again"), "{said}");
+    assert!(said.contains("--resend"), "{said}");
     let (mut sender, far) =
         stuck_with(dir.path(), &folder, IN_A_ROUND, &["--again", "--destination-is-dead"]);
     signal(sender.pid(), Signal::TERM);

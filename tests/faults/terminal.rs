@@ -77,7 +77,7 @@ fn command_that_asks(bytes: usize) {
     let folder = arrived(dir.path(), bytes);
     let file = dir.path().join("file");
     let folder_name = folder.to_str().unwrap();
-    let asks = "asks something at the terminal";
+    let asks = "tried to use the terminal";
     for (command, says) in [
         (format!("exec:read answer </dev/tty; cat >{}", file.display()), asks),
         (format!("exec:stty raw </dev/tty; cat >{}", file.display()), asks),

@@ -54,7 +54,7 @@ pub(crate) fn options(channels: u8) -> ConnectionOptions {
     let channels = {
         let mut options = ChannelOptions::default();
         options.count = channels;
-        options.carriers = Some(255);
+        options.active = Some(255);
         options
     };
     // How long a destination waits for connections that are not made.
@@ -127,7 +127,7 @@ fn migrate_to(
     let source = SourceGuest { memory: guest(&from), dirty: Vec::new(), control };
     let mut settings =
         SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     set(&mut settings);
     let source = SourceSession::new(source, connection, settings);
     let source = std::thread::spawn(move || source.run());
@@ -271,7 +271,7 @@ fn qemu_with_surplus_channels(version: Version, sends: u8, receives: u8) {
     ];
     // A channel that arrives while main is awaited is closed as a stranger's. The source then fails, or waits without
     // end.
-    let ends = ["the source has failed", "did not move a byte"];
+    let ends = ["the source has failed", "no byte moved"];
     let closed = ends.iter().any(|end| said.contains(end));
     assert!(closed || named.iter().any(|named| said.contains(named)), "{what}: {said}");
     assert!(!machine.runs(), "{what}: the guest runs here");

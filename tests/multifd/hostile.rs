@@ -163,8 +163,8 @@ fn s44_s50_a_channel_that_does_not_come_on_ends_the_wait() {
     missing.pop();
     for (what, connections, reason) in [
         ("says nothing", silent(0), "2 of 3 connections"),
-        ("only its number", silent(64), "did not move a byte"),
-        ("half a SYNC", silent(64 + 700), "did not move a byte"),
+        ("only its number", silent(64), "no byte moved"),
+        ("half a SYNC", silent(64 + 700), "no byte moved"),
         ("never comes", missing, "2 of 3 connections"),
     ] {
         let (status, said, took) = play("none", connections);
@@ -177,13 +177,14 @@ fn s44_s50_a_channel_that_does_not_come_on_ends_the_wait() {
 /// A payload that would grow beyond its pages, and an invalid one.
 #[test]
 fn s47_s48_hostile_payloads_are_refused() {
-    use ramwire::stream::qemu::packed::{PacketDeflater, Packing};
-    for (name, packing) in
-        [("q100-microvm-multifd-zlib", Packing::Zlib(9)), ("q100-microvm-multifd-zstd", Packing::Zstd(19))]
-    {
+    use ramwire::stream::qemu::page_compression::{PacketDeflater, PageCompression};
+    for (name, compression) in [
+        ("q100-microvm-multifd-zlib", PageCompression::Zlib(9)),
+        ("q100-microvm-multifd-zstd", PageCompression::Zstd(19)),
+    ] {
         let capture = Capture::of(name);
         let mut bomb = Vec::new();
-        PacketDeflater::new(packing).unwrap().deflate(&vec![0; 32 << 20], &mut bomb).unwrap();
+        PacketDeflater::new(compression).unwrap().deflate(&vec![0; 32 << 20], &mut bomb).unwrap();
         for (what, payload, reason) in [
             ("a bomb", bomb, "does not give exactly its pages"),
             ("noise", vec![0xa5; 5000], "does not inflate"),
@@ -199,7 +200,7 @@ fn s47_s48_hostile_payloads_are_refused() {
             channel[at + 20..at + 24].copy_from_slice(&(payload.len() as u32).to_be_bytes());
             channel.truncate(at + 1344);
             channel.extend(payload);
-            let method = packing.to_string();
+            let method = compression.to_string();
             let (status, said, _) = play(&method, connections(&spoilt));
             assert_eq!(status, 3, "{method} {what}: {said}");
             assert!(said.contains(reason), "{method} {what}: {said}");

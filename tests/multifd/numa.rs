@@ -13,7 +13,7 @@ use ramwire::session::{
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{
-    CancelToken, Job, Mapping, Stop, keep_to_cpus, nodes_of_pages, numa_nodes, own_cpus, spawn_thread,
+    CancelToken, Job, Mapping, Stop, nodes_of_pages, numa_nodes, own_cpus, set_cpu_affinity, spawn_thread,
 };
 use ramwire::transport::{AllowList, ChannelOptions, ConnectionOptions, Listener, Numa, open_source};
 use ramwire::units::PageSize;
@@ -57,7 +57,7 @@ fn watched(seen: &Seen, count: u8, embedder: Option<Vec<u32>>, numa: &Numa) -> C
     let spawn = move |name: &'static str, job: Job| {
         let (seen, embedder) = (Arc::clone(&seen), embedder.clone());
         let job = move || {
-            embedder.iter().for_each(|cpus| assert!(keep_to_cpus(cpus).unwrap()));
+            embedder.iter().for_each(|cpus| assert!(set_cpu_affinity(cpus).unwrap()));
             job();
             seen.lock().unwrap().push((&name[name.len() - 2..], own_cpus().unwrap()));
         };
@@ -86,13 +86,13 @@ fn migrate(from: &Mapping, to: &Mapping, count: u8, numa: &Numa, embedder: Optio
         control: Box::new(TestMachine::running(b"devices")),
     };
     let mut settings = SourceSettings::new(Configuration::default());
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     let source = SourceSession::new(source, near, settings);
     // The first bytes of a connection show which one it is.
     let source = std::thread::spawn(move || source.run());
     let connection = listener.accept_connection(&options, &stop).unwrap();
     let mut settings = DestinationSettings::default();
-    settings.map_behind = false;
+    settings.map_in_background = false;
     let far = DestinationSession::new(
         DestinationGuest { memory: Box::new(guest(to)), control: Box::<TestMachine>::default() },
         connection,
@@ -130,7 +130,7 @@ fn in_rxe_guest_threads_are_on_the_nodes_chosen_and_pages_on_the_nodes_of_their_
     std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
     // All memory on node 1, which does not have enough processors for each channel.
     let far = cpus_of(1);
-    let from = std::thread::spawn(move || keep_to_cpus(&far).map(|_| filled())).join().unwrap().unwrap();
+    let from = std::thread::spawn(move || set_cpu_affinity(&far).map(|_| filled())).join().unwrap().unwrap();
     assert_eq!(nodes(&from), [1].into());
     for (choice, expected) in [("0", vec![0]), ("1", vec![1]), ("auto", vec![0, 1]), ("off", vec![])] {
         for memfd in [false, true] {

@@ -68,7 +68,7 @@ fn migrate(at_source: bool) -> (String, String) {
     let source = SourceGuest { memory: near, dirty: Vec::new(), control: Box::new(here.clone()) };
     let mut settings =
         SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     let source = SourceSession::new(source, connection, settings).spawn().unwrap();
     let connection = listener.accept_connection(&options(2), &stop()).unwrap();
     let guest = DestinationGuest { memory: Box::new(Provides(far)), control: Box::new(there.clone()) };

@@ -192,8 +192,8 @@ fn live_through_a_relay(
     source.wait_completed_within(12, Deadline::seconds(90));
     let report = relay.finished(Deadline::seconds(20), 0);
     assert_eq!(report["completed"], true, "{what}: {report}");
-    let beside = report["far"]["ram"]["multifd-bytes"].as_u64().unwrap();
-    assert_eq!(beside > 0, far.is_some(), "{what}: {report}");
+    let channel_bytes = report["far"]["ram"]["multifd-bytes"].as_u64().unwrap();
+    assert_eq!(channel_bytes > 0, far.is_some(), "{what}: {report}");
     let by_reference = report["far"]["splice"]["bytes"].as_u64().unwrap_or(0);
     assert_eq!(by_reference > 0, far.is_some_and(|way| way.method == "none"), "{what}: {report}");
     destination.wait_status("running", Deadline::seconds(10));

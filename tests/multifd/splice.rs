@@ -62,7 +62,7 @@ fn by_the_library() {
     let mut link = open_source(&address, Arc::new(guest), &options, &stop).unwrap().link;
     let _main = listener.accept().unwrap();
     let (channel, _) = listener.accept().unwrap();
-    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    link.set_peer_style(Some(PeerStyle::QEMU_7_2)).unwrap();
     // Closed with nothing unread: the peer answers the first bytes by a reset, and later sends get a broken pipe.
     drop(channel);
     let mut back = Vec::new();

@@ -76,12 +76,12 @@ fn in_rxe_guest_auto_takes_rdma_where_it_works_and_says_exactly_what_stands_in_i
         // Only the source has the obstacle, and connects by TCP to the same listener.
         let (sent, received) = send_by_auto(&listen, prepare);
         assert_why(&sent, "tcp", &parts);
-        assert_why(&received, "tcp", &["the source came by TCP"]);
+        assert_why(&received, "tcp", &["the source connected by TCP"]);
         let report = demo(prepare, &["--transport", "auto"]);
         assert_why(&report, "tcp", &parts);
     }
     let (sent, _) = send_by_auto(&format!("tcp:{RXE_ADDRESS}:0"), "");
-    assert_why(&sent, "tcp", &["RDMA did not work: refused by peer: ", "nobody listens"]);
+    assert_why(&sent, "tcp", &["RDMA did not work: refused by peer: ", "no process listens"]);
     // No device reaches the loopback.
     let (sent, received) = send_by_auto("auto:127.0.0.1:0", "");
     assert_why(&sent, "tcp", &["RDMA did not work: no route: "]);
@@ -213,13 +213,13 @@ fn memory_that_cannot_promise_to_stay_goes_by_tcp_and_the_report_says_so() {
     let mut options = ConnectionOptions::default();
     options.rdma = rdma;
     let address = Address::auto(host, port);
-    let way = open_source(&address, one_page(), &options, &stop).unwrap().way;
+    let way = open_source(&address, one_page(), &options, &stop).unwrap().chosen;
     assert_eq!(way.transport, "tcp");
-    let promise = "RDMA did not work: memory that can't promise not to be discarded: ";
+    let promise = "RDMA did not work: memory that may be discarded: ";
     assert!(way.why.starts_with(promise), "{}", way.why);
     // Memory without a fixed address, of a guest that would promise it.
     let moving: Arc<dyn GuestMemory> = Arc::new(Moving(one_page()));
-    let way = open_source(&address, moving, &ConnectionOptions::default(), &stop).unwrap().way;
+    let way = open_source(&address, moving, &ConnectionOptions::default(), &stop).unwrap().chosen;
     assert!(way.transport == "tcp" && way.why.starts_with(promise), "{}", way.why);
     let refused = open_source(&Address::rdma(host, port), one_page(), &options, &stop);
     assert!(matches!(refused, Err(OpenError::NoRdma { .. })), "with rdma: there is no other way");

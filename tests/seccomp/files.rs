@@ -29,7 +29,7 @@ pub(crate) fn through_a_file(filters: Option<HashMap<String, BpfProgram>>) {
     options.channels.count = 2;
     options.channels.spawn = spawner.callback();
     let mut settings = SourceSettings::new(Configuration::default());
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     settings.spawner = spawner.clone();
     let guest = SourceGuest {
         memory: here.memory.clone(),
@@ -65,7 +65,7 @@ pub(crate) fn restore(filters: Option<HashMap<String, BpfProgram>>) {
     let control = Box::new(TestMachine::default());
     let guest = SourceGuest { memory: from.memory.clone(), dirty: Vec::new(), control };
     let mut settings = SourceSettings::new(Configuration::default());
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     assert_eq!(SourceSession::new(guest, connection, settings).run().outcome, Outcome::Completed);
     let spawner = spawner(filters);
     for _ in 0..2 {

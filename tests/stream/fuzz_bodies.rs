@@ -9,7 +9,7 @@ use ramwire::stream::qemu::blocks::BlockAnnouncement;
 use ramwire::stream::qemu::channel::{Channel, ChannelStep};
 use ramwire::stream::qemu::incoming::{AnnouncedBlocks, Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::multifd::Method;
-use ramwire::stream::qemu::packed::PacketInflater;
+use ramwire::stream::qemu::page_compression::PacketInflater;
 use ramwire::stream::qemu::{command, ram, return_path};
 use ramwire::stream::xbzrle;
 use ramwire::units::PageSize;
@@ -112,7 +112,7 @@ pub(crate) fn stream(data: &[u8]) -> usize {
             Ok(Step::NeedMore { consumed, needed }) => {
                 at += consumed;
                 assert!(needed > data.len() - at, "asks for bytes it has");
-                assert!(needed <= stream.most_needed(), "asks for {needed} bytes");
+                assert!(needed <= stream.max_needed(), "asks for {needed} bytes");
                 break;
             }
             Err(DecodeError::Corrupt(corrupt)) => {

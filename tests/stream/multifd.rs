@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use ramwire::stream::qemu::channel::{Channel, ChannelStep};
 use ramwire::stream::qemu::incoming::{AnnouncedBlocks, Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::multifd::Method;
-use ramwire::stream::qemu::packed::PacketInflater;
 use ramwire::stream::qemu::packet_numbers::PacketNumbers;
+use ramwire::stream::qemu::page_compression::PacketInflater;
 use ramwire::units::{BlockIndex, BlockOffset, PageSize};
 
 use super::captures::{self, Promise, sha256};

@@ -52,7 +52,7 @@ impl Replay {
         let mut buffer: Vec<u8> = Vec::new();
         let mut needed = 1;
         loop {
-            assert!(needed <= self.stream.most_needed(), "asks for {needed} bytes");
+            assert!(needed <= self.stream.max_needed(), "asks for {needed} bytes");
             let wanted = room.max(needed).saturating_sub(buffer.len()).min(capture.len());
             let (now, later) = capture.split_at(wanted);
             buffer.extend_from_slice(now);

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use ramwire::transport::{Fault, FaultKind, Faulty};
+use ramwire::transport::{Fault, FaultKind, Faulty, ReadHints};
 
 use super::*;
 
@@ -19,6 +19,12 @@ fn a_stream_that_moves_slowly_never_counts_as_stalled() {
             slow_but_moving("tcp with a large buffer", (take(near), take(far)));
         });
     });
+}
+
+fn silence(may_be_silent: bool) -> ReadHints {
+    let mut hints = ReadHints::default();
+    hints.may_be_silent = may_be_silent;
+    hints
 }
 
 fn slow_but_moving(name: &str, (mut near, mut far): (StreamChannel, StreamChannel)) {
@@ -140,7 +146,7 @@ fn a_host_without_room_that_answers_is_not_dead() {
 
 /// After the guest is handed over only the caller's time limit counts, whatever the network does meanwhile.
 #[test]
-fn an_outage_that_ends_in_time_is_outlasted_where_only_the_callers_time_counts() {
+fn an_outage_that_ends_in_time_is_waited_out_where_only_the_callers_time_counts() {
     let mut options = StreamOptions::default();
     options.stall = Some(SECOND);
     options.dead_peer = SECOND;
@@ -153,7 +159,7 @@ fn an_outage_that_ends_in_time_is_outlasted_where_only_the_callers_time_counts()
                 let mut near = StreamChannel::from_fd(near, "the lost one", &options).unwrap();
                 let mut far =
                     StreamChannel::from_fd(far, "the other one", &StreamOptions::default()).unwrap();
-                ByteSink::outlast(&mut near, 60 * SECOND);
+                ByteSink::tolerate_outage(&mut near, 60 * SECOND);
                 cut_off(&filtered);
                 send(&mut near, &pattern(amount)).unwrap();
                 let back = std::thread::spawn(move || {
@@ -180,7 +186,7 @@ fn a_peer_that_may_be_silent_is_waited_for_while_its_connection_answers() {
         for text in ["tcp::0", "unix"] {
             scope.spawn(move || {
                 let (mut near, mut far) = slow_pair(text, 300);
-                near.set_quiet(true);
+                near.set_hints(silence(true));
                 let late = std::thread::spawn(move || {
                     std::thread::sleep(2 * SECOND);
                     send(&mut far, b"x").unwrap();
@@ -189,7 +195,7 @@ fn a_peer_that_may_be_silent_is_waited_for_while_its_connection_answers() {
                 assert_eq!(recv(&mut near, &mut [0]).unwrap(), 1, "{text}");
                 let _far = late.join().unwrap();
                 // In the middle of an item it may not be silent.
-                near.set_quiet(false);
+                near.set_hints(silence(false));
                 let error = recv(&mut near, &mut [0]).unwrap_err();
                 assert!(matches!(error, ChannelError::Stalled { .. }), "{text}: {error}");
             });
@@ -197,7 +203,7 @@ fn a_peer_that_may_be_silent_is_waited_for_while_its_connection_answers() {
         scope.spawn(move || {
             let (near, far) = tcp_sockets(None, None);
             let mut near = StreamChannel::from_fd(near, "the dead one", &options).unwrap();
-            near.set_quiet(true);
+            near.set_hints(silence(true));
             cut_off(&far);
             let error = recv(&mut near, &mut [0]).unwrap_err();
             assert!(matches!(error, ChannelError::Silent { .. }), "{error}");

@@ -347,7 +347,7 @@ impl Second {
     fn answer(&mut self) -> Result<String, Failure> {
         let mut line = String::new();
         match self.answers.read_line(&mut line)? {
-            0 => Err("the second process ended; its last words are above".into()),
+            0 => Err("the second process ended; its last output is above".into()),
             _ => Ok(line.trim_end().to_owned()),
         }
     }

@@ -43,7 +43,7 @@ pub struct DestinationConfig {
     pub features: Features,
     /// Longest silence of a source in an open round; `None` waits as long as its NIC answers. A message ends the
     /// silence, and so does a write if this end's device counts what it receives ([`Endpoint::received_mark`]). If the
-    /// device does not, a source that sends keepalives ([`Features::says_alive`]) has 8 s more, and a source that does
+    /// device does not, a source that sends keepalives ([`Features::keepalives`]) has 8 s more, and a source that does
     /// not, such as a QEMU, has ten times as long.
     ///
     /// [`Endpoint::received_mark`]: crate::fabric::Endpoint::received_mark
@@ -250,15 +250,15 @@ impl DestinationHooks {
                     ranges.iter().try_for_each(|range| self.zero(range, &mut summary))?;
                     None
                 }
-                Message::Alive if self.hears_alive() => None,
+                Message::Alive if self.expects_keepalives() => None,
                 other => return Err(HooksError::unexpected(other.kind(), "a round was open")),
             };
             self.stream.done(slot, reply.as_ref(), stop)?;
         }
     }
 
-    fn hears_alive(&self) -> bool {
-        self.granted.extension.is_some_and(|extension| extension.features.says_alive)
+    fn expects_keepalives(&self) -> bool {
+        self.granted.extension.is_some_and(|extension| extension.features.keepalives)
     }
 
     fn takes_lists(&self) -> bool {
@@ -348,7 +348,7 @@ impl DestinationHooks {
         self.stream.data_queues.iter_mut().for_each(Channel::leave);
         let stop = stop.within(self.stream.channel.now(), CLOSE_TIMEOUT);
         if self.granted.extension.is_some() {
-            self.stream.say_done(&stop)?;
+            self.stream.send_done(&stop)?;
         }
         let parted = self.stream.channel.part(&stop)?;
         tracing::debug!(parted, "destination connection closed");

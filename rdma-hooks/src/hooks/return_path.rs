@@ -47,7 +47,7 @@ impl ReturnReader {
     /// The connection's errors; [`FabricError::Disconnected`](crate::FabricError::Disconnected) once the destination
     /// closed it and everything is read.
     pub fn read(&mut self, into: &mut [u8], stop: &Stop) -> Result<usize, HooksError> {
-        while !self.stream.has_news()? && self.stream.channel.now() < self.grant_from {
+        while !self.stream.has_input()? && self.stream.channel.now() < self.grant_from {
             self.stream.channel.rest(stop)?;
         }
         self.stream.read(into, stop)
@@ -89,10 +89,10 @@ impl ReturnWriter {
     pub fn accept_within(
         listener: &mut dyn Listener,
         main: &Capabilities,
-        look: &Stop,
+        slice: &Stop,
         stop: &Stop,
     ) -> Result<Option<Self>, HooksError> {
-        match listener.next_request(look) {
+        match listener.next_request(slice) {
             Ok(incoming) => Self::answer(incoming, main, stop),
             Err(FabricError::Stopped(Stopped::Deadline)) => Ok(None),
             Err(error) => Err(error.into()),

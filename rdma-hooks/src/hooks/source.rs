@@ -28,7 +28,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 const RETURN_PATH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Interval at which the source sends keepalives in an open round.
-const SAY_ALIVE_EVERY: Duration = Duration::from_secs(1);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Configuration of the source.
 #[derive(Clone, Debug)]
@@ -280,7 +280,7 @@ impl SourceHooks {
             Round::Closed => Err(HooksError::OutOfOrder("no round is open")),
             Round::Marked(kind) => {
                 if self.tail != HookMark(()).to_bytes() {
-                    return Err(HooksError::OutOfOrder("the mark is not the last word in the stream"));
+                    return Err(HooksError::OutOfOrder("the stream continues after the mark of the round"));
                 }
                 self.main.flush(stop)?;
                 self.tail = [0; 8];
@@ -331,8 +331,8 @@ impl SourceHooks {
         self.ring()?;
         if !self.pump()? {
             // An embedder that holds pages back calls this repeatedly, and nothing else reads the clock meanwhile.
-            self.main.channel.check_clock();
-            self.say_alive()?;
+            self.main.channel.read_clock();
+            self.send_keepalive()?;
         }
         let channels = std::iter::once(&self.main.channel).chain(&self.main.data_queues);
         let waiting = channels.filter_map(Channel::oldest_ticket);

@@ -51,7 +51,7 @@ impl Shared {
         place: Place,
         until: Duration,
     ) -> MutexGuard<'a, World> {
-        if world.has_news(place) {
+        if world.has_input(place) {
             return world;
         }
         let ticket = world.start_waiting(place, until);
@@ -265,12 +265,12 @@ impl World {
         }
         for index in 0..self.waiters.len() {
             let due = self.waiters[index].until <= self.now;
-            let news = self.has_news(self.waiters[index].place);
+            let news = self.has_input(self.waiters[index].place);
             self.waiters[index].woken |= due || news;
         }
     }
 
-    fn has_news(&self, place: Place) -> bool {
+    fn has_input(&self, place: Place) -> bool {
         match place {
             Place::Endpoint(id) => self.endpoints[id].news,
             Place::Nowhere => false,

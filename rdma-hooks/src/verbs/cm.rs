@@ -310,7 +310,7 @@ fn event_remedy(kind: rdma_cm_event_type::Type) -> &'static str {
             "the peer has no RDMA device at that address, or the network drops its packets"
         }
         rdma_cm_event_type::RDMA_CM_EVENT_REJECTED => {
-            "nobody listens there, or the peer does not want this connection"
+            "no process listens there, or the peer does not accept this connection"
         }
         rdma_cm_event_type::RDMA_CM_EVENT_DISCONNECTED => "the peer gave up; its log says why",
         _ => "try again; the kernel's log may say more",

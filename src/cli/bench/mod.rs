@@ -52,9 +52,9 @@ pub struct BenchArgs {
 
 #[derive(Clone, Debug, clap::Subcommand)]
 enum What {
-    /// How long messages take: RDMA WRITE, READ and SEND, TCP, UNIX sockets
+    /// Measure how long messages take: RDMA WRITE, READ and SEND, TCP, UNIX sockets
     Latency(ProbeArgs),
-    /// How many messages go through
+    /// Measure how many messages a second get through
     Bandwidth(ProbeArgs),
 }
 

@@ -17,9 +17,9 @@ const ANSWER: Duration = Duration::from_secs(30);
 pub(super) enum ClientError {
     #[error("{place} can't be reached; is the process there, and has it a monitor")]
     Unreachable { place: Place, source: io::Error },
-    #[error("{place} is no monitor: it says {said}")]
+    #[error("{place} is no monitor: it answers {said}")]
     NoMonitor { place: Place, said: String },
-    #[error("{0} says nothing: a QEMU's monitor serves one client at a time; end the other one")]
+    #[error("{0} does not answer: a QEMU's monitor serves one client at a time; end the other one")]
     Busy(Place),
     #[error("{command} was refused: {why}")]
     Refused { command: String, why: String },

@@ -23,7 +23,7 @@ const ASK_INTERVAL: Duration = Duration::from_millis(50);
 /// Watches and changes a migration by the monitor (QMP) of the ramwire or the QEMU that runs it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
-    # Send a guest slowly, look at it, and let it go at full speed
+    # Send a guest slowly, show its state, and then lift the bandwidth limit
     ramwire send tcp:10.0.0.7:4444 --dir guest --max-bandwidth 50M --qmp unix:/run/guest.qmp
     ramwire ctl /run/guest.qmp status
     ramwire ctl /run/guest.qmp set bandwidth 0
@@ -47,11 +47,11 @@ pub(super) struct Args {
 
 #[derive(Clone, Debug, clap::Subcommand)]
 enum What {
-    /// Print how the migration stands
+    /// Print the state of the migration
     Status,
-    /// Print how it stands each second, and each change, until it ends
+    /// Print the state every second and at each change, until the migration ends
     Watch,
-    /// End it; the guest stays where it is
+    /// Cancel the migration; the guest stays at its source
     Cancel,
     /// Change a limit: bandwidth 500M, downtime 100ms, postcopy-bandwidth 50M, cache 64M, or any of QEMU's parameters
     Set {
@@ -60,15 +60,15 @@ enum What {
         /// A size, a time, or JSON for QEMU's names; bandwidth 0 is no limit
         value: String,
     },
-    /// Let the guest run at the destination at once; its memory follows
+    /// Start the guest at the destination now; the rest of its memory follows
     Postcopy,
-    /// Let a migration go on that is held before its switchover
+    /// Continue a migration that is paused before its switchover
     Continue,
-    /// Give up the connection of a migration that has switched to postcopy
+    /// Close the connection of a migration that has switched to postcopy, until `recover`
     Pause,
-    /// Go on over another connection: at a source to this address, at a destination by listening there
+    /// Continue over another connection: at a source to this address, at a destination by listening there
     Recover {
-        /// As `send` and `receive` take it
+        /// An address, as for `send` and `receive`
         uri: String,
     },
 }
@@ -79,7 +79,7 @@ fn place(text: &str) -> Result<Place, String> {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    match obey(args) {
+    match execute(args) {
         Ok(exit) => exit,
         Err(error) => {
             complain("ctl", &*error);
@@ -88,7 +88,7 @@ pub(super) fn run(args: &Args) -> Exit {
     }
 }
 
-fn obey(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
+fn execute(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     if let What::Set { name, value } = &args.what
         && let Err(error) = parameter(name, value)
     {
@@ -116,12 +116,12 @@ fn obey(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         }
         What::Continue => {
             let held = json!({"state": "pre-switchover"});
-            (monitor.execute("migrate-continue", &held)?, "it goes on".into())
+            (monitor.execute("migrate-continue", &held)?, "it continues".into())
         }
         What::Pause => {
             (monitor.execute_first("migrate-pause", &nothing)?, "the connection was given up".into())
         }
-        What::Recover { uri } => (recover(&mut monitor, uri)?, format!("it goes on by {uri}")),
+        What::Recover { uri } => (recover(&mut monitor, uri)?, format!("it continues over {uri}")),
     };
     if args.json {
         result_line!("{answer}")

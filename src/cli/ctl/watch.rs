@@ -13,14 +13,14 @@ use super::render::{line, word};
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Number of checks for events between two queries.
-const LOOKS: u32 = 10;
+const POLLS: u32 = 10;
 
 /// Prints the state of the migration until it has ended.
 pub(super) fn run(monitor: &mut Client, json: bool) -> Result<Exit, ClientError> {
     let nothing = json!({});
     let mut last = None;
     loop {
-        for look in 0..LOOKS {
+        for poll in 0..POLLS {
             let now = match monitor.execute("query-migrate", &nothing) {
                 Ok(now) => now,
                 // A ramwire ends with its migration; its last event has the result.
@@ -32,13 +32,13 @@ pub(super) fn run(monitor: &mut Client, json: bool) -> Result<Exit, ClientError>
             };
             tell_events(monitor, json, &mut last);
             let exit = ended(&word(&now));
-            if look == 0 || exit.is_some() {
+            if poll == 0 || exit.is_some() {
                 if json { result_line!("{now}") } else { result_line!("{}", line(&now)) }
             }
             if let Some(exit) = exit {
                 return Ok(exit);
             }
-            std::thread::sleep(INTERVAL / LOOKS);
+            std::thread::sleep(INTERVAL / POLLS);
         }
     }
 }

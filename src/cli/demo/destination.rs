@@ -139,7 +139,7 @@ impl Process {
     fn line(&mut self, patience: Duration) -> Result<String, Failure> {
         let mut line = String::new();
         let out = self.out.get_ref().as_fd();
-        let silent = || format!("the destination process said nothing for {} s", patience.as_secs());
+        let silent = || format!("the destination process printed nothing for {} s", patience.as_secs());
         let stop = Stop::never().within(patience);
         if self.out.buffer().is_empty() && stop.wait(out, PollFlags::IN)?.is_some() {
             return Err(silent().into());

@@ -27,7 +27,7 @@ use ramwire::ram::RamBlockTable;
 use ramwire::session::{Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop, memory_room};
-use ramwire::units::{Percent, Rate};
+use ramwire::units::Percent;
 
 use self::blocks::BlockSpec;
 pub(super) use self::destination::Args as DestinationArgs;
@@ -38,7 +38,8 @@ use super::args::Exit;
 use super::common::{
     RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed, human_bytes, local_options,
 };
-use super::converge::{ConvergeArgs, REMEDIES, tell_if_it_does_not, tell_remedies};
+use super::converge::{ConvergeArgs, REMEDIES, print_remedies, warn_if_not_converging};
+use super::limits::LimitArgs;
 use super::output::{note, result_line, result_text};
 use super::postcopy::PostcopyArgs;
 use super::progress::Progress;
@@ -47,8 +48,8 @@ use super::tls::OwnTlsArgs;
 use super::verify::{VerifyBy, word_of};
 use super::watch::{WatchArgs, describe};
 
-/// Migrates a guest whose threads keep writing pages that describe themselves, from this process to one that it starts,
-/// and lets the guest itself check every page on arrival.
+/// Migrates a guest whose threads keep writing self-describing pages, from this process to another one that it starts.
+/// There the guest checks every page.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
     ramwire demo
@@ -63,7 +64,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo --restore demo.save --ram 512M --lazy
     ramwire demo --ram 256M --block 12K --block 5M --hugetlb 2M --json")]
 pub(super) struct Args {
-    /// Who writes: `kvm` needs /dev/kvm
+    /// What writes to the memory: `kvm` needs /dev/kvm
     #[arg(long, value_name = "GUEST", default_value = "synthetic")]
     guest: GuestKind,
     /// RAM of the guest's first block
@@ -75,18 +76,18 @@ pub(super) struct Args {
     /// Page size of the memory behind the first block: 4K, 2M or 1G; huge ones must be reserved in /sys/kernel/mm/hugepages
     #[arg(long = "hugetlb", alias = "hugepages", value_name = "SIZE", default_value = "4K", value_parser = bytes)]
     hugepages: u64,
-    /// Private memory for the guest at both ends, with huge pages asked for (MADV_HUGEPAGE): first touches are faster, and
-    /// zero pages inside a huge page take memory
+    /// Request huge pages (MADV_HUGEPAGE) for the guest's memory at both ends, which is private then: first touches are
+    /// faster, and zero pages inside a huge page take memory
     #[arg(long = "thp", alias = "huge-pages", conflicts_with = "hugepages")]
     huge_pages: bool,
     /// Memory that the guest keeps writing
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = bytes)]
     working_set: u64,
-    /// Bytes a second that it writes; 0 for an idle guest. Where that is more than the link carries the guest is slowed down,
-    /// unless you say what to do (--auto-converge, --dirty-limit, --xbzrle-cache-size) or when to end (--timeout)
+    /// Bytes a second that it writes; 0 for an idle guest. If the link carries less, the guest is throttled, unless you
+    /// choose otherwise (--auto-converge, --dirty-limit, --xbzrle-cache-size) or set an end (--timeout)
     #[arg(long, value_name = "SIZE", default_value = "200M", value_parser = bytes)]
     dirty_rate: u64,
-    /// Bytes of a page that a write changes, beside the 40 of its header
+    /// Bytes of a page that a write changes, in addition to the 40 of its header
     #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = bytes)]
     write_size: u64,
     /// Share of the pages that are zero
@@ -95,52 +96,47 @@ pub(super) struct Args {
     /// Threads that write; with --guest kvm: vCPUs
     #[arg(long, value_name = "N", default_value = "2")]
     writers: u32,
-    /// How the guest travels
+    /// Transport of the migration
     #[arg(long, value_name = "TRANSPORT", default_value = "auto")]
     transport: Transport,
-    /// Copy nothing: the guest's memory is passed to the other process as it is (memfds over a UNIX socket), as a VMM does that
-    /// replaces itself by a newer version
-    #[arg(long, conflicts_with_all = NOT_ON_SAME_HOST)]
+    /// Copy nothing: pass the guest's memory to the other process as file descriptors (memfds over a UNIX socket), like
+    /// a VMM that is replaced by a newer version
+    #[arg(long, conflicts_with_all = SENDING)]
+    #[arg(conflicts_with_all = ["huge_pages", "snapshot", "restore", "avail_switchover_bandwidth"])]
     same_host: bool,
-    /// Longest time the guest may stand still, in milliseconds
-    #[arg(long, value_name = "MS", default_value = "300")]
-    downtime_ms: u64,
-    /// Send changed pages as differences (XBZRLE) to copies kept in this much memory, for instance 64M; 0: never
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
-    xbzrle_cache_size: u64,
-    /// Most bytes a second while the guest runs, for instance 125M; 0 is no limit
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
-    max_bandwidth: u64,
-    /// Let the connection carry no more bytes a second than this, the last round included, as a slow network would; with
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// Limit the connection itself to this many bytes a second, also in the last round, like a slow network; with
     /// --transport tcp; 0: as fast as the loopback
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
     link_rate: u64,
-    /// Touch the destination's memory before the guest comes, so that the kernel's making it counts for nothing
+    /// Populate the destination's memory before the migration, so that its allocation is not part of the measured time
     #[arg(long, overrides_with = "populate")]
     populate: bool,
-    /// What the ends compare: nothing but the numbers of pages (off); a fingerprint of each page as it goes, and the source's
-    /// memory once the guest runs (fast); a digest of RAM and device state while the guest stands still (full). One that may
-    /// switch to postcopy has none
+    /// What the ends compare: only the numbers of pages (off); a fingerprint of each page that is sent, and the
+    /// source's memory once the guest runs (fast); a digest of RAM and device state while the guest is paused (full). A
+    /// migration that may switch to postcopy compares none of these
     #[arg(long, value_name = "HOW", default_value = "full")]
     verify: VerifyBy,
     /// As --verify off
     #[arg(long, hide = true, conflicts_with = "verify")]
     no_digest: bool,
-    /// Draws what the synthetic guest writes
+    /// Seed of what the synthetic guest writes
     #[arg(long, default_value = "1")]
     seed: u64,
-    /// The guest stays: write it to this file (mapped:) as it is at one moment, while it runs; then make another guest of the
-    /// file, which checks itself
-    #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_SNAPSHOT)]
+    /// Do not migrate: write the guest as it is at one moment to this file (mapped:) while it runs, then start another
+    /// guest from the file, which checks its memory
+    #[arg(long, value_name = "FILE", conflicts_with_all = SENDING, conflicts_with_all = REPORTING)]
     snapshot: Option<PathBuf>,
-    /// With --snapshot: write a snapshot to this file first, let the guest run on, and write to the other file only what has
-    /// changed since
+    /// With --snapshot: write a snapshot to this file first and let the guest run on; the other file then holds only
+    /// what has changed since
     #[arg(long, value_name = "FILE", requires = "snapshot")]
     base: Option<PathBuf>,
-    /// Start the guest from such a file, --ram and --block as they were; it runs and checks itself
-    #[arg(long, value_name = "FILE", conflicts_with = "snapshot", conflicts_with_all = NOT_WITH_SNAPSHOT)]
+    /// Start a guest from such a file, with --ram and --block as they were; it runs and checks its memory
+    #[arg(long, value_name = "FILE", conflicts_with_all = SENDING, conflicts_with_all = REPORTING)]
+    #[arg(conflicts_with = "snapshot")]
     restore: Option<PathBuf>,
-    /// With --restore: let it run at once, and read its memory behind it
+    /// With --restore: start the guest at once and read its memory in the background
     #[arg(long, requires = "restore")]
     lazy: bool,
     /// Print one JSON object instead of a report
@@ -154,7 +150,8 @@ pub(super) struct Args {
     /// another connection. With --postcopy: while the guest runs at the destination
     #[arg(long, value_name = "N", default_value = "0")]
     cut: u32,
-    /// With --postcopy: give the guest's memory at the source back to the kernel as the destination proves that it has it
+    /// With --postcopy: free the guest's memory at the source as soon as the destination has proved that it has
+    /// received it
     #[arg(long, requires = "postcopy")]
     release_ram: bool,
     #[command(flatten)]
@@ -167,56 +164,32 @@ pub(super) struct Args {
     tls: OwnTlsArgs,
 }
 
-/// Options of a migration only.
-const NOT_WITH_SNAPSHOT: [&str; 25] = [
+/// Options about pages that are sent, of no use where memory is passed or saved. A group has the name of its struct.
+const SENDING: [&str; 11] = [
     "tls_dir",
     "cut",
     "transport",
-    "downtime_ms",
-    "xbzrle_cache_size",
-    "max_bandwidth",
     "link_rate",
     "populate",
-    "no_digest",
-    "verify",
-    "json",
-    "log_rounds",
-    "metrics",
-    "postcopy",
-    "auto_converge",
-    "dirty_limit",
-    "avail_switchover_bandwidth",
-    "timeout",
-    "channels",
-    "compression",
-    "carriers",
-    "send_pages",
-    "pin_all",
-    "pin_budget",
-    "queue_pairs",
+    "xbzrle_cache_size",
+    "max_bandwidth",
+    "SourceChannelArgs",
+    "ChannelArgs",
+    "RdmaArgs",
+    "PostcopyArgs",
 ];
 
-/// Options only for memory that is sent.
-const NOT_ON_SAME_HOST: [&str; 19] = [
-    "tls_dir",
-    "cut",
-    "transport",
-    "huge_pages",
-    "xbzrle_cache_size",
-    "max_bandwidth",
-    "link_rate",
-    "populate",
-    "postcopy",
-    "snapshot",
-    "restore",
-    "channels",
-    "compression",
-    "carriers",
-    "send_pages",
-    "pin_all",
-    "pin_budget",
-    "queue_pairs",
-    "avail_switchover_bandwidth",
+/// Options about the downtime, and about what is reported, of a migration only.
+const REPORTING: [&str; 9] = [
+    "downtime_ms",
+    "verify",
+    "no_digest",
+    "json",
+    "WatchArgs",
+    "MetricsArgs",
+    "ConvergeArgs",
+    "TimeoutArgs",
+    "release_ram",
 ];
 
 fn percent(text: &str) -> Result<Percent, String> {
@@ -235,7 +208,7 @@ pub(super) fn run(args: &Args) -> Exit {
 
 /// A demo without options about how to converge or when to end throttles its guest if the link is slow: in larger steps
 /// than QEMU's, so that it ends soon.
-fn helping_itself() -> ThrottlePolicy {
+fn default_throttling() -> ThrottlePolicy {
     let percent = |value| Percent::new(value).unwrap_or_default();
     ThrottlePolicy::AutoConverge {
         initial: percent(50),
@@ -250,7 +223,7 @@ const RECONNECT: Duration = Duration::from_secs(60);
 /// How long the guest at the destination may check itself.
 const VERDICT: Duration = Duration::from_secs(300);
 /// How long a destination that did not get the guest may take to report the reason.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+const FAILED_VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -289,7 +262,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
         SourceSession::new(source, connection, settings).with_cancel(cancel).with_reconnect(Box::new(again));
     signals.ask(session.canceller());
     signals.follow(session.statistics());
-    tell_if_it_does_not("demo", &session.statistics(), REMEDIES);
+    warn_if_not_converging("demo", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("demo", session.statistics())?;
     let progress = Progress::follow(session.statistics());
     let log = log.follow(session.statistics(), run);
@@ -307,8 +280,7 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
 fn settings(args: &Args) -> Result<SourceSettings, Usage> {
     let mut settings =
         SourceSettings::new(Configuration { machine: "ramwire-demo".into(), ..Configuration::default() });
-    settings.downtime_limit = Duration::from_millis(args.downtime_ms);
-    settings.max_bandwidth = Rate::limit(args.max_bandwidth);
+    args.limits.apply(&mut settings);
     settings.same_host = true;
     args.converge.apply(&mut settings)?;
     args.postcopy.apply(&mut settings);
@@ -320,8 +292,8 @@ fn settings(args: &Args) -> Result<SourceSettings, Usage> {
     let postcopy = settings.postcopy.is_some();
     settings.verify = args.verify();
     settings.pass_memory = args.same_host;
-    if args.converge.is_empty() && args.xbzrle_cache_size == 0 && !postcopy {
-        settings.throttling = Some(helping_itself());
+    if args.converge.is_empty() && args.limits.delta_cache() == 0 && !postcopy {
+        settings.throttling = Some(default_throttling());
     }
     Ok(settings)
 }
@@ -336,7 +308,7 @@ fn refuse_postcopy(args: &Args) -> Result<(), Usage> {
             "connections that are cut have no page channels: leave --channels out, or --cut"
         }
         () if args.guest != GuestKind::Synthetic => {
-            "only the synthetic guest looks at its memory while it comes: leave --guest out, or move this one whole"
+            "only the synthetic guest checks its memory while it arrives: leave --guest out, or leave --postcopy out"
         }
         () => return Ok(()),
     };
@@ -394,14 +366,12 @@ impl Args {
 
     fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {
         let run = describe("demo", way.transport, &way.why, table);
+        let run = self.limits.describe(run);
         run.with("working_set", self.working_set)
             .with("dirty_rate", self.dirty_rate)
             .with("write_size", self.write_size)
             .with("writers", self.writers)
-            .with("downtime_ms", self.downtime_ms)
-            .with("max_bandwidth", self.max_bandwidth)
             .with("link_rate", self.link_rate)
-            .with("xbzrle_cache_size", self.xbzrle_cache_size)
             .with("channels", self.channels.count())
             .with("verify", word_of(self.verify()))
             .with("tls", self.tls.is_given())
@@ -429,7 +399,7 @@ fn finish(
 ) -> Result<Exit, Failure> {
     let Way { transport, why, destination, .. } = way;
     // A destination that failed, was killed or hangs has little or nothing to report.
-    let patience = if report.outcome == Outcome::Completed { VERDICT } else { LAST_WORDS };
+    let patience = if report.outcome == Outcome::Completed { VERDICT } else { FAILED_VERDICT_TIMEOUT };
     let arrived = destination.verdict(patience);
     let exit = super::common::exit_of(report);
     let exit = if exit == Exit::Done && !arrived.verified { Exit::NotVerified } else { exit };
@@ -452,7 +422,7 @@ fn finish(
     }
     if let Some(error) = &report.error {
         complain("demo", error);
-        tell_remedies("demo", Some(error), REMEDIES);
+        print_remedies("demo", Some(error), REMEDIES);
     }
     let cut = arrived.postcopy.as_ref().map_or(0, |postcopy| postcopy.recoveries.len() as u64);
     let cut = cut + report.statistics.lost.count;
@@ -467,7 +437,7 @@ fn finish(
     }
     if report.outcome == Outcome::InDoubt {
         note!(
-            "in doubt: the guest was given away and nobody said that it runs. Between hosts: if it runs at the \
+            "in doubt: the guest was given away, and no report came that it runs. Between hosts: if it runs at the \
              destination, drop the source; if it does not, resume the source (--destination-is-dead)"
         );
     }

@@ -122,12 +122,13 @@ impl Run<'_> {
         let _ = match s.status == Status::Completed {
             true if check > 0.0 => writeln!(
                 out,
-                "the guest stood still for {:.1} ms: {:.1} ms to switch over, {check:.1} ms to check all of RAM at both \
+                "the guest was paused for {:.1} ms: {:.1} ms to switch over, {check:.1} ms to check all of RAM \
+                at both \
                  ends (--verify fast: not)",
                 s.downtime,
                 s.downtime - check,
             ),
-            true => writeln!(out, "the guest stood still for {:.1} ms", s.downtime),
+            true => writeln!(out, "the guest was paused for {:.1} ms", s.downtime),
             false => Ok(()),
         };
         let _ = writeln!(out, "by {}: {}; dirty pages by {}", self.transport, self.why, self.dirty_source);
@@ -145,7 +146,7 @@ impl Run<'_> {
             );
             let _ = writeln!(
                 out,
-                "{faults} faults of missing pages, {requests} requests; its threads looked at {read} pages while it ran"
+                "{faults} faults of missing pages, {requests} requests; its threads read {read} pages while it ran"
             );
             let _ = writeln!(out, "fault  {}", render::latency(fault_latency));
             let _ = writeln!(

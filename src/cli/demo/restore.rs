@@ -54,7 +54,7 @@ pub(super) fn run(args: &Args, path: &Path) -> Result<Exit, Failure> {
     guest.control().pause()?;
     let found = guest.verify()?;
     result_text!(
-        "restored    from {}; the guest ran after {:.1} ms\n{behind}{}    it looked at {} pages: {} wrong\n",
+        "restored    from {}; the guest ran after {:.1} ms\n{behind}{}    it checked {} pages: {} wrong\n",
         path.display(),
         started.as_secs_f64() * 1e3,
         if found.wrong == 0 { "verified" } else { "WRONG   " },

@@ -109,8 +109,8 @@ impl Taken<'_> {
 fn refused(path: &Path, report: &SnapshotReport) -> Option<Exit> {
     if let Some(error) = &report.error {
         complain("demo", error);
-        if report.stands_still {
-            note!("the guest is whole and stands still");
+        if report.not_resumed {
+            note!("the guest is whole and stays paused");
         } else {
             note!("the guest runs on, and {} holds no snapshot", path.display());
         }
@@ -145,7 +145,7 @@ fn tell(path: &Path, report: &SnapshotReport, wrote: u64) {
     let waits = report.fault_latency;
     result_text!(
         "snapshot    {} in {}: {} pages with content, {} zero\n\
-         took        {:.1} ms; the guest stood still for {:.2} ms (device state {:.2}, protecting its memory {:.2})\n\
+         took        {:.1} ms; the guest was paused for {:.2} ms (device state {:.2}, protecting its memory {:.2})\n\
          before      most of its memory was protected within {:.1} ms, while it ran; {} writes met that\n\
          meanwhile   the guest wrote {wrote} pages; {} writes waited for a copy, p50 {} us, p99 {} us, longest {} us\n",
         human_bytes(report.bytes),
@@ -167,7 +167,7 @@ fn tell(path: &Path, report: &SnapshotReport, wrote: u64) {
 
 fn tell_found(found: &Found) {
     result_text!(
-        "{}    a guest made of the file ran, and looked at {} pages: {} wrong\n",
+        "{}    a guest made of the file ran, and checked {} pages: {} wrong\n",
         if found.wrong == 0 { "verified" } else { "WRONG   " },
         found.pages,
         found.wrong,

@@ -23,7 +23,7 @@ use crate::cli::slow_link::SlowLink;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Transport {
-    /// The best that both ends have: RDMA, else TCP over the loopback, which carries more than a UNIX socket
+    /// RDMA if both ends have it, else TCP over the loopback, which is faster than a UNIX socket
     Auto,
     /// The first RDMA device of this host
     Rdma,
@@ -65,7 +65,7 @@ impl Way {
             options.stream = local_options();
             options.rdma = args.rdma.options();
             options.channels = args.channels.options()?;
-            options.delta_cache = args.xbzrle_cache_size;
+            options.delta_cache = args.limits.delta_cache();
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
             let connection = open_source(&address, memory, &options, &stop)?;
@@ -86,7 +86,7 @@ impl Way {
             Transport::Rdma => rdma("--transport rdma", None),
             Transport::Tcp => tcp("--transport tcp".into()),
             Transport::Unix => unix("--transport unix".into()),
-            Transport::Auto if args.xbzrle_cache_size > 0 => {
+            Transport::Auto if args.limits.delta_cache() > 0 => {
                 tcp(format!("deltas (--xbzrle-cache-size) need a byte stream, and {FASTER}"))
             }
             Transport::Auto if args.cut > 0 && !postcopy => {

@@ -24,7 +24,7 @@ use super::{HOLD, HOLDS, RELEASE, UP};
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How long the source may take to read the message.
-const TOLD: Duration = Duration::from_secs(60);
+const REPORT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The held connections.
 struct Connections {
@@ -77,7 +77,7 @@ fn guard() -> io::Result<()> {
         let _ = rustix::net::shutdown(far_end, Shutdown::Write);
     }
     say(&format!(
-        "in doubt: the relay ended after it had given the guest to the far end, which has not said that it runs. \
+        "in doubt: the relay ended after it had given the guest to the far end, which has not reported that it runs. \
          This process holds the source's connection, so that the guest can't run twice, and waits for the far end's \
          answer. Look at the far end: if the guest runs there, end the source; if it does not and never will, \
          `kill -USR1 {pid}`: the source then goes on"
@@ -159,7 +159,9 @@ impl Connections {
     fn wait(&mut self, decided: &AtomicBool) -> io::Result<End> {
         loop {
             if decided.load(Ordering::Relaxed) {
-                return Ok(End::DoesNotRun("an operator says that the guest does not run at the far end"));
+                return Ok(End::DoesNotRun(
+                    "the operator has confirmed that the guest does not run at the far end",
+                ));
             }
             let mut watched = vec![(self.source.as_fd(), PollFlags::RDHUP)];
             watched.extend(self.far_end.as_ref().map(|far_end| (far_end.as_fd(), PollFlags::IN)));
@@ -214,13 +216,13 @@ impl Connections {
             Message::Shut { status: 0 } if !self.far_end_is_native => Some(End::Runs),
             Message::Native(Answer::Running) if self.far_end_is_native => Some(End::Runs),
             Message::Shut { .. } if !self.far_end_is_native => {
-                Some(End::DoesNotRun("the far end says that it has not started the guest"))
+                Some(End::DoesNotRun("the far end reports that it has not started the guest"))
             }
             // Both ends then wait, and go on without the relay.
             Message::Pong(PING_TAKEN) => Some(End::Taken),
             // After COMMIT a ramwire's refusal proves nothing.
             Message::Native(Answer::Refused { why }) => {
-                say(&format!("the far end says: {why}; look whether the guest runs there"));
+                say(&format!("the far end reports: {why}; check whether the guest runs there"));
                 None
             }
             _ => None,
@@ -235,14 +237,16 @@ impl Connections {
                     "the source has gone: if the guest runs, it runs at the far end; nothing is held any more",
                 );
             }
-            End::Runs if self.source_is_native => {
-                ("the guest runs at the far end; the source is told", vec![Message::Native(Answer::Running)])
-            }
-            End::Runs => {
-                ("the guest runs at the far end; the source is told", vec![Message::Shut { status: 0 }])
-            }
+            End::Runs if self.source_is_native => (
+                "the guest runs at the far end; this is reported to the source",
+                vec![Message::Native(Answer::Running)],
+            ),
+            End::Runs => (
+                "the guest runs at the far end; this is reported to the source",
+                vec![Message::Shut { status: 0 }],
+            ),
             End::Taken => (
-                "the guest runs at the far end, and what it misses is at its source, which is told: keep both. They go \
+                "the guest runs at the far end, and what it misses is at its source, which gets this report: keep both. They go \
                  on without the relay: `migrate-recover` at the far end, then at the source `migrate` to that address \
                  with `resume`",
                 vec![Message::Pong(PING_LOADED), Message::Pong(PING_TAKEN)],
@@ -255,7 +259,7 @@ impl Connections {
         say(text);
         let mut bytes = Vec::new();
         messages.iter().for_each(|message| message.encode(&mut bytes));
-        let until = Instant::now() + TOLD;
+        let until = Instant::now() + REPORT_TIMEOUT;
         let mut left = &bytes[..];
         while !left.is_empty() && Instant::now() < until {
             match rustix::io::write(&self.source, left) {

@@ -94,7 +94,7 @@ fn inspect<R: Read>(mut input: Input<R>, noted: Noted) -> io::Result<Report> {
     };
     let mut stream = IncomingStream::new(config);
     let mut report = Report::default();
-    let mut buffer = vec![0; stream.most_needed().max(256 << 10)];
+    let mut buffer = vec![0; stream.max_needed().max(256 << 10)];
     let (mut start, mut end) = (0, 0);
     if noted.as_ref().is_some_and(|(note, _)| note.base.is_some()) {
         let mut word = [0; INCREMENTAL.len()];

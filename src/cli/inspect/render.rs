@@ -68,7 +68,7 @@ fn head(report: &Report, out: &mut String) {
             }
         }
         if let Some(why) = &snapshot.unusable {
-            line(out, format_args!("it can't be used as it lies here: {why}"));
+            line(out, format_args!("it can't be read here: {why}"));
         }
     }
     if let Some(style) = &report.style {

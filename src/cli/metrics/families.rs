@@ -143,7 +143,7 @@ impl Collector for Figures {
         let (bytes, seconds) = (Some(Unit::Bytes), Some(Unit::Seconds));
         out.gauges(
             "status",
-            "Where the migration stands: 1 at the one that holds",
+            "State of the migration: 1 for the current one",
             None,
             "status",
             &status(s.status),
@@ -151,10 +151,10 @@ impl Collector for Figures {
         out.counter("transferred", "Written to the peer, or read from it", bytes.clone(), s.transferred)?;
         out.counter("channel", "Of them, on page channels", bytes.clone(), s.multifd_bytes)?;
         out.gauge("remaining", "Dirty and to be sent", bytes.clone(), s.remaining as f64)?;
-        out.gauge("ram", "RAM that travels", bytes.clone(), s.total as f64)?;
+        out.gauge("ram", "RAM to be migrated", bytes.clone(), s.total as f64)?;
         out.gauge("passed", "RAM passed to the other end as it is", bytes.clone(), s.passed.bytes as f64)?;
         let kinds = [("normal", s.pages.normal), ("zero", s.pages.zero), ("delta", s.pages.delta)];
-        out.counters("pages", "Pages sent or received, by what they travelled as", "kind", &kinds)?;
+        out.counters("pages", "Pages sent or received, by kind", "kind", &kinds)?;
         let skipped = [("hint", s.skipped.hinted), ("unplugged", s.skipped.discarded)];
         out.counters("skipped_pages", "Pages left out, by why nobody needs them", "why", &skipped)?;
         out.counter(
@@ -170,7 +170,7 @@ impl Collector for Figures {
         out.gauge("throughput_bytes_per_second", "On the page path", None, s.throughput as f64)?;
         out.gauge(
             "cpu_throttle_ratio",
-            "Share of its time that the guest is held back",
+            "Share of its time for which the guest is throttled",
             None,
             f64::from(s.throttle_percent) / 100.0,
         )?;
@@ -182,9 +182,9 @@ impl Collector for Figures {
             seconds.clone(),
             s.expected_downtime.map_or(f64::NAN, |expected| expected / 1e3),
         )?;
-        out.gauge("downtime", "The guest stood still", seconds.clone(), s.downtime / 1e3)?;
+        out.gauge("downtime", "Time for which the guest was paused", seconds.clone(), s.downtime / 1e3)?;
         let parts = s.downtime_parts.named().map(|(name, ms)| (name, ms / 1e3));
-        out.gauges("downtime_part", "What the downtime was spent on", seconds, "part", &parts)?;
+        out.gauges("downtime_part", "Parts of the downtime", seconds, "part", &parts)?;
         out.latency("batch", "Handing a batch to the transport", &s.batch_latency)?;
         out.latency("fence", "Closing a round", &s.fence_latency)?;
         out.latency("write", "A write to the peer's memory (RDMA)", &s.write_latency)?;

@@ -41,7 +41,7 @@ type Ask<'a> = &'a dyn Fn() -> Result<String, std::fmt::Error>;
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct MetricsArgs {
     /// Serve figures for Prometheus at http://HOST:PORT/metrics; a PORT alone is on the loopback, port 0 any free one.
-    /// Whoever reaches it can read them
+    /// Any client that can connect can read them
     #[arg(long, value_name = "[HOST:]PORT")]
     metrics: Option<String>,
 }

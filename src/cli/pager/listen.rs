@@ -38,7 +38,7 @@ impl Listening {
         let mode = if allow.is_empty() { 0o600 } else { 0o666 };
         let socket = LocalSocket::at(path, mode).map_err(|error| {
             let hint = if error.kind() == io::ErrorKind::AddrInUse {
-                "; end who listens there, or name another path"
+                "; end the process that listens there, or name another path"
             } else {
                 ""
             };
@@ -57,7 +57,7 @@ impl Listening {
                 Ok((connection, _)) => UnixStream::from(connection),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => {
-                    note!("ramwire pager: a VMM could not be taken: {error}");
+                    note!("ramwire pager: a VMM could not be accepted: {error}");
                     let _ = stop.sleep(RETRY_INTERVAL);
                     continue;
                 }
@@ -72,7 +72,7 @@ impl Listening {
 
     fn checked(&self, connection: UnixStream) -> Result<Stranger, String> {
         let who = peer_process(connection.as_fd())
-            .map_err(|error| format!("a VMM was refused: who it is can't be seen: {error}"))?;
+            .map_err(|error| format!("a VMM was refused: its user is not known: {error}"))?;
         let uid = who.uid;
         let name = match who.pid {
             Some(pid) => format!("process {pid} of user {uid}"),

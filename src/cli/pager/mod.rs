@@ -20,7 +20,7 @@ use super::metrics::MetricsArgs;
 use super::output::note;
 use super::service;
 use super::signals::cancel_on_signal;
-use super::tls::{SourceTlsArgs, tell_if_in_clear};
+use super::tls::{SourceTlsArgs, warn_if_unencrypted};
 use figures::Figures;
 use firecracker::Firecracker;
 use handoff::HandOff;
@@ -28,34 +28,34 @@ use listen::Listening;
 use vmm::Vmm;
 
 /// Serves the memory of Firecracker guests that are restored from a snapshot with a userfaultfd (`mem_backend` of type Uffd):
-/// what a guest touches is read at once, the rest behind it.
+/// pages that a guest touches are read at once, the others in the background.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
-    # Serve the memory file of a snapshot to every Firecracker that asks
+    # Serve the memory file of a snapshot to all Firecracker processes of this user
     ramwire pager --listen unix:/run/vm.uffd --from vm.mem
     # then load it: PUT /snapshot/load with
     # \"mem_backend\": {\"backend_type\": \"Uffd\", \"backend_path\": \"/run/vm.uffd\"}
 
-    # The same of a file of QEMU's mapped-ram format, whose RAM blocks lie one behind the other
+    # The same of a file of QEMU's mapped-ram format, whose RAM blocks follow one another
     ramwire pager --listen unix:/run/vm.uffd --from mapped:vm.save
 
-    # The same of memory that lies on another host, where `ramwire serve` runs
+    # The same of memory on another host, where `ramwire serve` runs
     ramwire pager --listen unix:/run/vm.uffd --from tcp:10.0.0.7:4445
 
-A guest waits where it touches what is missing, and waits for ever if this process ends before it has read all: restart
+A guest waits when it touches missing memory. If this process ends before all memory is read, it waits forever: restart
 the VMM from its snapshot then.")]
 pub(super) struct Args {
     /// Where VMMs connect: unix:PATH
     #[arg(long, value_name = "unix:PATH")]
     listen: Address,
-    /// The memory: a file of nothing else (Firecracker's mem_file), mapped:PATH, or the address of a `ramwire serve`. It must
-    /// not change meanwhile
+    /// The memory: a file that holds nothing else (Firecracker's mem_file), mapped:PATH, or the address of a `ramwire
+    /// serve`. It must not change while it is served
     #[arg(long, value_name = "FILE|mapped:PATH|tcp:HOST:PORT")]
     from: Stored,
-    /// Whose VMMs may connect, by user id, beside root's and this process's own; repeat for more
+    /// User ids whose VMMs may connect, in addition to root's and this process's own; repeat for more
     #[arg(long, value_name = "UID")]
     allow_uid: Vec<u32>,
-    /// Most VMMs that are served at a time; another one is refused
+    /// Maximum number of VMMs that are served at a time; further ones are refused
     #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u16).range(1..=4096))]
     max_vmms: u16,
     #[command(flatten)]
@@ -129,7 +129,7 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     }
     let from = args.from.secured(&args.tls)?;
     if let Stored::Remote(address) = &from {
-        tell_if_in_clear("pager", address, "encrypt it (--tls-dir DIR)");
+        warn_if_unencrypted("pager", address, "encrypt it (--tls-dir DIR)");
     }
     let memory = Arc::new(from.open()?);
     let listening = Listening::at(path, &args.allow_uid)?;
@@ -148,7 +148,7 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         if threads.len() >= usize::from(args.max_vmms) {
             figures.refused();
             note!(
-                "ramwire pager: {name} was refused: {} VMMs are served, which is the most (--max-vmms)",
+                "ramwire pager: {name} was refused: {} VMMs are served, the maximum (--max-vmms)",
                 args.max_vmms
             );
             continue;
@@ -171,7 +171,7 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     }
     let left = threads.iter().filter(|thread| !thread.is_finished()).count();
     if left > 0 {
-        note!("ramwire pager: {left} VMMs are served no more; their guests wait where memory is missing");
+        note!("ramwire pager: {left} VMMs are no longer served; their guests wait where memory is missing");
     }
     for thread in threads {
         // A panic there was reported where it happened.

@@ -29,7 +29,7 @@ pub(super) enum Dropped {
 
 impl Dropped {
     /// The client has gone, with or without having read all.
-    pub(super) fn is_its_leave(&self) -> bool {
+    pub(super) fn is_disconnect(&self) -> bool {
         let kinds = [io::ErrorKind::BrokenPipe, io::ErrorKind::ConnectionReset];
         matches!(self, Self::Broken(error) if kinds.contains(&error.kind()))
     }
@@ -55,7 +55,7 @@ pub(super) struct Client {
     input: Vec<u8>,
     output: Vec<u8>,
     /// The client will send nothing more.
-    said_all: bool,
+    input_ended: bool,
 }
 
 impl Client {
@@ -63,13 +63,13 @@ impl Client {
     pub(super) fn new(socket: OwnedFd, name: String) -> Self {
         let output = Conversation::greeting().into_bytes();
         let conversation = Conversation::default();
-        Self { socket, name, conversation, input: Vec::new(), output, said_all: false }
+        Self { socket, name, conversation, input: Vec::new(), output, input_ended: false }
     }
 
     /// The events to wait for.
     pub(super) fn wants(&self) -> PollFlags {
         let mut wants = PollFlags::empty();
-        wants.set(PollFlags::IN, !self.said_all && self.output.len() < ENOUGH_WAITING);
+        wants.set(PollFlags::IN, !self.input_ended && self.output.len() < ENOUGH_WAITING);
         wants.set(PollFlags::OUT, !self.output.is_empty());
         wants
     }
@@ -78,9 +78,9 @@ impl Client {
     ///
     /// # Errors
     /// The connection is to be dropped.
-    pub(super) fn go_on(&mut self, ready: PollFlags, subject: &Subject) -> Result<bool, Dropped> {
+    pub(super) fn serve(&mut self, ready: PollFlags, subject: &Subject) -> Result<bool, Dropped> {
         self.write()?;
-        if ready.intersects(PollFlags::IN | PollFlags::HUP) && !self.said_all && self.input.is_empty() {
+        if ready.intersects(PollFlags::IN | PollFlags::HUP) && !self.input_ended && self.input.is_empty() {
             self.read()?;
         }
         loop {
@@ -94,7 +94,7 @@ impl Client {
         if ready.contains(PollFlags::ERR) {
             return Err(Dropped::Broken(io::ErrorKind::BrokenPipe.into()));
         }
-        Ok(!(self.said_all && self.input.is_empty() && self.output.is_empty()))
+        Ok(!(self.input_ended && self.input.is_empty() && self.output.is_empty()))
     }
 
     /// Sends an event, if the client takes events.
@@ -102,7 +102,7 @@ impl Client {
     /// # Errors
     /// It reads nothing.
     pub(super) fn tell(&mut self, line: &str) -> Result<(), Dropped> {
-        if !self.conversation.hears_events() {
+        if !self.conversation.takes_events() {
             return Ok(());
         }
         if self.output.len() + line.len() > MAX_WAITING {
@@ -127,13 +127,13 @@ impl Client {
         let taken = self.input.len() - left.len();
         self.input.drain(..taken);
         // It receives the answer with the reason.
-        self.said_all |= self.conversation.is_strange();
+        self.input_ended |= self.conversation.is_not_qmp();
     }
 
     fn read(&mut self) -> Result<(), Dropped> {
         let mut part = [0; READ];
         match rustix::io::read(&self.socket, &mut part) {
-            Ok(0) => self.said_all = true,
+            Ok(0) => self.input_ended = true,
             Ok(got) => self.input.extend_from_slice(&part[..got]),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(Dropped::Broken(errno.into())),

@@ -19,7 +19,7 @@ pub(super) struct Conversation {
     /// `exec-oob` was requested.
     out_of_band: bool,
     /// It is no client of this protocol.
-    strange: bool,
+    not_qmp: bool,
 }
 
 /// A command as it was understood.
@@ -36,32 +36,32 @@ impl Conversation {
     }
 
     /// True once events may be sent.
-    pub(super) fn hears_events(&self) -> bool {
+    pub(super) fn takes_events(&self) -> bool {
         self.negotiated
     }
 
     /// True once the client has sent something before the negotiation that is no JSON: for example a browser, which a
     /// web page made send commands to a port of this host after its own lines. None of its commands is executed.
-    pub(super) fn is_strange(&self) -> bool {
-        self.strange
+    pub(super) fn is_not_qmp(&self) -> bool {
+        self.not_qmp
     }
 
     /// Takes bytes off `input` up to the end of one command, does that on `subject`, and gives the answer. `None`: all bytes
     /// are taken, and no command is whole.
     pub(super) fn next(&mut self, input: &mut &[u8], subject: &Subject) -> Option<String> {
-        if self.strange {
+        if self.not_qmp {
             *input = &[];
             return None;
         }
         let (answer, id) = match self.framing.next(input)? {
             Err(Damage::Syntax(text)) if !self.negotiated => {
-                self.strange = true;
+                self.not_qmp = true;
                 (Err(Failure::generic(format!("this is a monitor, and that is no JSON: {text}"))), None)
             }
             Err(damage) => (Err(Failure::generic(damage.to_string())), None),
             Ok(Value::Object(mut object)) => {
                 let id = object.remove("id");
-                (self.obey(object, subject), id)
+                (self.execute(object, subject), id)
             }
             Ok(_) => (Err(Failure::generic("a command is a JSON object")), None),
         };
@@ -75,7 +75,7 @@ impl Conversation {
         Some(line(&out))
     }
 
-    fn obey(&mut self, object: Map<String, Value>, subject: &Subject) -> Result<Value, Failure> {
+    fn execute(&mut self, object: Map<String, Value>, subject: &Subject) -> Result<Value, Failure> {
         let request = self.understand(&object)?;
         let known = commands::of(subject).chain([&NEGOTIATE]);
         let command = known.into_iter().find(|command| command.name == request.name);

@@ -54,12 +54,12 @@ pub(in crate::cli) struct Framing {
     open: Vec<u8>,
     /// A value of this length is parsed when its line ends, complete or not. Doubled each time, so that all attempts
     /// together take no longer than twice the last.
-    look: usize,
+    parse_at: usize,
 }
 
 impl Default for Framing {
     fn default() -> Self {
-        Self { at: At::Outside, value: Vec::new(), open: Vec::new(), look: 1 }
+        Self { at: At::Outside, value: Vec::new(), open: Vec::new(), parse_at: 1 }
     }
 }
 
@@ -133,10 +133,10 @@ impl Framing {
 
     /// A value that continues in the next line may be wrong already: a person who types it gets the error now.
     fn look_at_line(&mut self) -> Option<Result<Value, Damage>> {
-        if self.value.len() < self.look {
+        if self.value.len() < self.parse_at {
             return None;
         }
-        self.look = 2 * self.value.len();
+        self.parse_at = 2 * self.value.len();
         match serde_json::from_slice::<Value>(&self.value) {
             Err(error) if !error.is_eof() => {
                 self.restart();

@@ -33,7 +33,7 @@ pub(super) use subject::{Order, Role, Subject};
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct QmpArgs {
     /// Take commands of QEMU's monitor protocol (QMP) at unix:PATH, which only this user may connect to, or
-    /// tcp:HOST:PORT, where whoever reaches it may give commands
+    /// tcp:HOST:PORT, where any client that can connect may give commands
     #[arg(long, value_name = "PLACE")]
     qmp: Option<Place>,
 }
@@ -60,7 +60,10 @@ impl QmpArgs {
         };
         let listener = Listener::at(place).map_err(failed)?;
         if listener.is_open_to_the_network() {
-            note!("ramwire {command}: whoever reaches {} may cancel this migration", listener.place());
+            note!(
+                "ramwire {command}: any client that can connect to {} may cancel this migration",
+                listener.place()
+            );
         }
         note!("ramwire {command}: QMP at {}", listener.place());
         Monitor::start(listener, Arc::clone(subject)).map(Some).map_err(failed)

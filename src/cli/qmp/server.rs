@@ -30,8 +30,8 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The reply to a client above the limit.
-const TOO_MANY: &str = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"this monitor has no place left; end another \
-                        client\"}}\r\n";
+const TOO_MANY: &str = "{\"error\": {\"class\": \"GenericError\", \"desc\": \"this monitor has no room for a \
+    client; end another one\"}}\r\n";
 
 /// Serves until it is dropped; then clients have a short time to read the last lines.
 pub(in crate::cli) struct Monitor {
@@ -93,7 +93,7 @@ impl Server {
             };
             // This comes first: a client that is sent an event may be dropped by that, and another one takes its place
             // in the list.
-            self.go_on(&ready.clients);
+            self.serve_clients(&ready.clients);
             self.tell_events();
             if ready.ending {
                 break;
@@ -108,7 +108,7 @@ impl Server {
             let Ok(ready) = self.wait(None, Some(by.saturating_duration_since(Instant::now()))) else {
                 break;
             };
-            self.go_on(&ready.clients);
+            self.serve_clients(&ready.clients);
         }
     }
 
@@ -138,12 +138,12 @@ impl Server {
         })
     }
 
-    fn go_on(&mut self, ready: &[PollFlags]) {
+    fn serve_clients(&mut self, ready: &[PollFlags]) {
         let mut ready = ready.iter();
         let subject = &self.subject;
         self.clients.retain_mut(|client| {
             let ready = ready.next().copied().unwrap_or(PollFlags::empty());
-            client.go_on(ready, subject).unwrap_or_else(|why| is_dropped(client, &why))
+            client.serve(ready, subject).unwrap_or_else(|why| is_dropped(client, &why))
         });
     }
 
@@ -180,7 +180,7 @@ impl Server {
                 note!("ramwire: {name} was refused by the monitor: it has {MAX_CLIENTS} clients");
             }
             Err(error) => {
-                note!("ramwire: a client of the monitor could not be taken: {error}");
+                note!("ramwire: a client of the monitor could not be accepted: {error}");
                 std::thread::sleep(RETRY_INTERVAL);
             }
         }
@@ -188,7 +188,7 @@ impl Server {
 }
 
 fn is_dropped(client: &Client, why: &Dropped) -> bool {
-    if why.is_its_leave() {
+    if why.is_disconnect() {
         return false;
     }
     note!("ramwire: {} was dropped by the monitor: {why}", client.name);
@@ -323,7 +323,7 @@ mod tests {
         let mut clients: Vec<_> = (0..MAX_CLIENTS).map(|_| bed.connect()).collect();
         let mut refused = BufReader::new(UnixStream::connect(path(bed.dir.path())).unwrap());
         let said = line_of(&mut refused);
-        assert!(said.contains("no place left"), "{said}");
+        assert!(said.contains("no room for a client"), "{said}");
         assert_eq!(refused.read_to_string(&mut String::new()).unwrap(), 0);
         drop(clients.pop());
         let by = Instant::now() + Duration::from_secs(60);

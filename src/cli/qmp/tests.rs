@@ -47,14 +47,14 @@ fn nothing_is_done_before_the_negotiation_which_comes_once() {
     assert_eq!(greeting["QMP"]["version"]["qemu"]["major"], 10);
     let early = say(&mut client, &subject, r#"{"execute":"query-status"}{"execute":"nonsense","id":1}"#);
     assert_eq!(early.iter().map(class).collect::<Vec<_>>(), ["CommandNotFound"; 2]);
-    assert!(!client.hears_events());
+    assert!(!client.takes_events());
     let wrong = r#"{"execute":"qmp_capabilities","arguments":{"enable":["more"]}}"#;
     assert_eq!(class(&say(&mut client, &subject, wrong)[0]), "GenericError");
     let both = r#"{"execute":"qmp_capabilities"}{"execute":"qmp_capabilities","id":"again"}"#;
     let said = say(&mut client, &subject, both);
     assert_eq!(said[0], json!({"return": {}}));
     assert_eq!((class(&said[1]), &said[1]["id"]), ("CommandNotFound", &json!("again")));
-    assert!(client.hears_events());
+    assert!(client.takes_events());
     let urgent = say(&mut client, &subject, r#"{"exec-oob":"migrate-pause"}"#);
     assert!(urgent[0]["error"]["desc"].as_str().unwrap().contains("qmp_capabilities"), "not asked for");
 }
@@ -66,7 +66,7 @@ fn who_begins_with_other_words_than_json_is_not_obeyed() {
     let posted = "POST / HTTP/1.1\r\nHost: 127.0.0.1:4444\r\n\r\n{\"execute\": \"qmp_capabilities\"}{\"execute\": \"quit\"}";
     let said = say(&mut client, &subject, posted);
     assert_eq!(said.iter().map(class).collect::<Vec<_>>(), ["GenericError"], "told once");
-    assert!(client.is_strange() && !client.hears_events());
+    assert!(client.is_not_qmp() && !client.takes_events());
     assert!(say(&mut client, &subject, r#"{"execute":"qmp_capabilities"}"#).is_empty());
     // A byte to begin anew is no such input, nor is any input after the negotiation.
     let mut client = Conversation::default();

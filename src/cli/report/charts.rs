@@ -168,8 +168,8 @@ fn throttle(run: &Run) -> Result<Picture, PlotError> {
     points.sort_by(|a, b| a.0.total_cmp(&b.0));
     let most = points.iter().map(|point| point.1).fold(0.0, f64::max);
     let says = match most {
-        most if most > 0.0 => format!("The guest was held back by up to {most} % of its time."),
-        _ => "The guest was never held back.".into(),
+        most if most > 0.0 => format!("The guest was throttled by up to {most} % of its time."),
+        _ => "The guest was never throttled.".into(),
     };
     let empty = [Line { name: String::new(), points: vec![(0.0, 0.0)] }];
     let lines = if points.is_empty() { empty } else { [line("", points)] };
@@ -224,7 +224,7 @@ fn downtime(run: &Run) -> Result<Option<Picture>, PlotError> {
     let parts = end.downtime_parts.named();
     let (wide, narrow) =
         both((320, 300), &bare(), |canvas| bars_across(canvas, axis("milliseconds"), &parts))?;
-    let says = format!("The guest stood still for {:.1} ms.", end.downtime_ms);
+    let says = format!("The guest was paused for {:.1} ms.", end.downtime_ms);
     Ok(Some(Picture { title: "Downtime by parts", legend: vec![], says, wide, narrow }))
 }
 

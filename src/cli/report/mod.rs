@@ -12,16 +12,16 @@ use super::args::Exit;
 use super::common::failed;
 use crate::cli::remedies::in_words;
 
-/// Makes one self-contained HTML page of a log that `--log-rounds` wrote: no script, nothing from elsewhere.
+/// Makes one self-contained HTML page of a log that `--log-rounds` wrote: no scripts, no other files.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
     ramwire demo --log-rounds run.jsonl
     ramwire report run.jsonl -o report.html")]
 pub(super) struct Args {
-    /// The log; one that was cut off gives a page that says so
+    /// The log; of a truncated one the page shows what is there, and says so
     #[arg(value_name = "RUN.JSONL")]
     file: PathBuf,
-    /// Where the page goes
+    /// File for the page
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }

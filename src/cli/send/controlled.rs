@@ -15,7 +15,7 @@ use super::super::remedies::in_words;
 use super::Args;
 
 /// Interval between two checks for a signal while waiting for an order.
-const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The only schemes that a client may name that need not be this user: others name files and commands of this host.
 const NETWORK: [&str; 3] = ["tcp", "rdma", "auto"];
@@ -73,7 +73,7 @@ impl Controlled {
 
     /// Waits until a client gives the destination: the address and the options as planned. `None`: the process is to
     /// end.
-    pub(super) fn told_to_migrate(&self, args: &Args) -> Option<(Address, Args)> {
+    pub(super) fn wait_for_migrate(&self, args: &Args) -> Option<(Address, Args)> {
         match self.next()? {
             Order::Quit => None,
             Order::Migrate(what) => {
@@ -85,7 +85,7 @@ impl Controlled {
     }
 
     /// The migration has ended: waits until a client lets the process end.
-    pub(super) fn told_to_quit(&self) {
+    pub(super) fn wait_for_quit(&self) {
         // The only order that is left, or a signal.
         let _ = self.next();
     }
@@ -103,7 +103,7 @@ impl Controlled {
 
     fn next(&self) -> Option<Order> {
         loop {
-            if let Ok(order) = self.orders.recv_timeout(LOOK_INTERVAL) {
+            if let Ok(order) = self.orders.recv_timeout(POLL_INTERVAL) {
                 return Some(order);
             }
             if self.stopped.is_cancelled() {

@@ -3,7 +3,6 @@
 mod controlled;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use ramwire::engine::Outcome;
 use ramwire::guest::GuestMemory;
@@ -14,7 +13,7 @@ use ramwire::session::{
     MemoryCheck, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify,
 };
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, ConnectionOptions, CprSender, Way, open_source};
+use ramwire::transport::{Address, ChosenTransport, ConnectionOptions, CprSender, open_source};
 use ramwire::units::Rate;
 use serde_json::json;
 
@@ -22,10 +21,10 @@ use clap::ValueEnum as _;
 
 use super::args::Exit;
 use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, exit_of, failed, unix_path,
-    uri_help,
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, complain, exit_of, failed, unix_path, uri_help,
 };
-use super::converge::{TimeoutArgs, tell_if_it_does_not, tell_remedies};
+use super::converge::{TimeoutArgs, print_remedies, warn_if_not_converging};
+use super::limits::LimitArgs;
 use super::output::{note, result_line, result_text};
 use super::postcopy::{PostcopyArgs, ReconnectArgs};
 use super::progress::Progress;
@@ -33,7 +32,7 @@ use super::qmp::{Plan, QmpArgs};
 use super::render;
 use super::signals::{SignalWatch, cancel_on_signal};
 use super::store::{Block, Custody, Overrides, State, StoredGuest};
-use super::tls::{SourceTlsArgs, tell_if_in_clear};
+use super::tls::{SourceTlsArgs, warn_if_unencrypted};
 use super::verify::{VerifyBy, in_json, word_of};
 use super::watch::{WatchArgs, describe};
 use controlled::Controlled;
@@ -62,17 +61,17 @@ use controlled::Controlled;
     # Let a QEMU on this host map the folder's RAM files (its second -incoming has channel type cpr): no page is copied
     ramwire send unix:main.sock --cpr unix:cpr.sock --dir guest
 
-    # Wait until a tool that knows QEMU's monitor says how and where to send it, and stay until it says quit
+    # Wait for `migrate` from a tool that uses QEMU's monitor protocol, and end at its `quit`
     ramwire send --dir guest --qmp unix:/run/guest.qmp")]
 pub(super) struct Args {
-    #[arg(help = uri_help("Where the destination listens; with --qmp it may be left out: then `migrate` says it"))]
+    #[arg(help = uri_help("Where the destination listens; with --qmp it may be left out: then `migrate` gives it"))]
     #[arg(required_unless_present = "qmp")]
     uri: Option<Address>,
     /// Folder that `ramwire receive` has filled
     #[arg(long, required_unless_present_any = ["ram", "from"])]
     dir: Option<PathBuf>,
-    /// Instead of a folder, mapped:PATH[,offset=N]: a file with mapped-ram pages, sent from where they lie. Nothing is written
-    /// down in it: it can be sent any number of times
+    /// Instead of a folder, mapped:PATH[,offset=N]: a file with mapped-ram pages, from which the guest is sent. No
+    /// state is recorded in it: it can be sent any number of times
     #[arg(long, value_name = "URI", conflicts_with_all = ["dir", "ram"])]
     from: Option<Address>,
     /// A RAM block in a file; with --dir it replaces the block of that name. Repeat for more
@@ -82,42 +81,36 @@ pub(super) struct Args {
     /// maps the RAM files instead of receiving pages, and its guest changes them. The folder can't be sent again then
     #[arg(long, value_name = "unix:PATH", value_parser = unix_path, conflicts_with_all = CPR_EXCLUDES)]
     cpr: Option<PathBuf>,
-    /// What the destination is, if it can't be found out: qemu-7.2, qemu-10.0 or ramwire
+    /// What the destination is, if it can't be detected: qemu-7.2, qemu-10.0 or ramwire
     #[arg(long, value_name = "PEER")]
     peer: Option<PeerOption>,
-    /// Where zero pages are found: none sends them whole
+    /// Where zero pages are detected: none sends them whole
     #[arg(long, value_name = "WHERE", default_value = "multifd")]
     zero_page: ZeroPage,
-    /// What the ends compare beside the numbers of pages: nothing (off); a fingerprint of each page as it goes, and this
-    /// memory once the guest runs there (fast); a digest of RAM and device state before the guest is handed over (full).
-    /// Only a ramwire can, any other destination is refused
+    /// What the ends compare in addition to the numbers of pages: nothing (off); a fingerprint of each page that is
+    /// sent, and this memory once the guest runs there (fast); a digest of RAM and device state before the guest is
+    /// handed over (full). Only a ramwire can; any other destination is refused
     #[arg(long, value_name = "HOW", default_value = "off")]
     verify: VerifyBy,
     /// As --verify full
     #[arg(long, hide = true, conflicts_with = "verify")]
     digest: bool,
-    /// Longest time the guest may stand still, in milliseconds
-    #[arg(long, value_name = "MS", default_value = "300")]
-    downtime_ms: u64,
-    /// Most bytes a second while the guest runs, for instance 125M; 0 is no limit
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
-    max_bandwidth: u64,
-    /// Send changed pages as differences (XBZRLE) to copies kept in this much memory, for instance 64M; 0: never
-    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = bytes)]
-    xbzrle_cache_size: u64,
-    /// Hold the migration before its last pages until `migrate-continue` comes
+    #[command(flatten)]
+    limits: LimitArgs,
+    /// Pause the migration before its last pages, until `migrate-continue`
     #[arg(long, requires = "qmp")]
     pause_before_switchover: bool,
     /// Send a guest that was sent before
-    #[arg(long)]
-    again: bool,
-    /// Send a guest in doubt: you have seen that neither its destination nor the source it came from runs it
+    #[arg(long, alias = "again")]
+    resend: bool,
+    /// Send a guest in doubt: you have checked that neither its destination nor the source it came from runs it
     #[arg(long)]
     destination_is_dead: bool,
     /// Send device state that has no VM description to prove it complete
     #[arg(long)]
     no_vmdesc: bool,
-    /// Bytes a second that the link will carry while the guest stands still; 0: as measured. Set by `migrate-set-parameters`
+    /// Bytes a second that the link will carry while the guest is paused; 0: as measured. Set by
+    /// `migrate-set-parameters`
     #[arg(skip)]
     switchover_bandwidth: u64,
     /// Print one JSON object instead of a report
@@ -151,7 +144,7 @@ const REMEDIES: &str = "raise --max-bandwidth, --downtime-ms or --timeout";
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub(super) enum ZeroPage {
-    /// Nowhere: every page travels whole
+    /// Nowhere: every page is sent whole
     None,
     /// In the page loop
     Legacy,
@@ -206,20 +199,23 @@ pub(super) fn run(args: &Args) -> Exit {
 }
 
 fn overrides(args: &Args) -> Overrides {
-    Overrides { again: args.again, destination_is_dead: args.destination_is_dead, no_vmdesc: args.no_vmdesc }
+    Overrides {
+        resend: args.resend,
+        destination_is_dead: args.destination_is_dead,
+        no_vmdesc: args.no_vmdesc,
+    }
 }
 
 fn settings(args: &Args, guest: &StoredGuest) -> SourceSettings {
     let mut settings = SourceSettings::new(guest.configuration().clone());
     settings.early_sections = guest.early_sections().to_vec();
     settings.framing = guest.framing();
-    settings.downtime_limit = Duration::from_millis(args.downtime_ms);
-    settings.max_bandwidth = Rate::limit(args.max_bandwidth);
+    args.limits.apply(&mut settings);
     settings.switchover_bandwidth = Rate::limit(args.switchover_bandwidth);
     settings.pause_before_switchover = args.pause_before_switchover;
     settings.zero_detection = args.zero_page.into();
     settings.verify = args.verify();
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     args.timeouts.set(&mut settings);
     args.timeout.apply(&mut settings);
     args.postcopy.apply(&mut settings);
@@ -243,7 +239,7 @@ fn serve(args: &Args, guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Er
     // Dropped last: its clients are told how it ended.
     let monitor = args.qmp.serve("send", &controlled.subject)?;
     let Some(uri) = &args.uri else {
-        let Some((uri, planned)) = controlled.told_to_migrate(args) else {
+        let Some((uri, planned)) = controlled.wait_for_migrate(args) else {
             return Ok(Exit::Cancelled);
         };
         let sent = send(&planned, &uri, guest, &cancel, &signals, &controlled);
@@ -253,7 +249,7 @@ fn serve(args: &Args, guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Er
             signals.ended(exit);
             exit
         });
-        controlled.told_to_quit();
+        controlled.wait_for_quit();
         return Ok(exit);
     };
     let sent = send(args, uri, guest, &cancel, &signals, &controlled);
@@ -278,7 +274,7 @@ fn send(
     options.stream = args.timeouts.both.stream_options();
     options.rdma = args.rdma.options();
     options.channels = args.channels.options()?;
-    options.delta_cache = args.xbzrle_cache_size;
+    options.delta_cache = args.limits.delta_cache();
     options.retry = args.timeouts.retry;
     args.timeouts.tell_retry("send", uri);
     let address = args.tls.at(uri)?;
@@ -286,17 +282,17 @@ fn send(
         "tcp" => "use a network you trust, or TLS (--tls-dir DIR)",
         _ => "use a network you trust",
     };
-    tell_if_in_clear("send", &address, remedy);
+    warn_if_unencrypted("send", &address, remedy);
     if let Some(path) = &args.cpr {
         pass_memory(path, &guest, &options, &Stop::on(cancel))?;
     }
     let connection =
         open_source(&address, memory.clone(), &options, &Stop::on(cancel)).inspect_err(|_| {
             if args.cpr.is_some() {
-                note!("ramwire send: the QEMU closed its cpr channel; if it has ended it says why");
+                note!("ramwire send: the QEMU closed its cpr channel; if it has ended, its output has the reason");
             }
         })?;
-    let way = connection.way.clone();
+    let way = connection.chosen.clone();
     if uri.decides_late() {
         note!("ramwire send: {}: {}", way.transport, way.why);
     }
@@ -310,7 +306,7 @@ fn send(
         .with_cancel(cancel.clone())
         .with_reconnect(Box::new(again));
     let session = if args.cpr.is_some() { session.with_memory_passed() } else { session };
-    tell_if_it_does_not("send", &session.statistics(), REMEDIES);
+    warn_if_not_converging("send", &session.statistics(), REMEDIES);
     let metrics = args.watch.metrics.serve("send", session.statistics())?;
     let custody = guest.custody();
     controlled.follow(session.control());
@@ -365,25 +361,18 @@ impl Args {
     /// The options under QEMU's names.
     fn plan(&self) -> Plan {
         let plan = Plan::default()
-            .with("max-bandwidth", self.max_bandwidth)
-            .with("downtime-limit", self.downtime_ms)
             .with("zero-page-detection", self.zero_page.name())
             .having("pause-before-switchover", self.pause_before_switchover);
-        let plan = self.channels.plan(self.postcopy.plan(self.reconnect.plan(self.rdma.plan(plan))));
-        if self.xbzrle_cache_size == 0 {
-            return plan;
-        }
-        plan.having("xbzrle", true).with("xbzrle-cache-size", self.xbzrle_cache_size)
+        let plan = self.postcopy.plan(self.reconnect.plan(self.rdma.plan(plan)));
+        self.channels.plan(self.limits.plan(plan))
     }
 
     /// The same with what a client of the monitor has planned.
     fn following(&self, plan: &Plan) -> Self {
         let mut planned = self.clone();
-        planned.max_bandwidth = plan.number("max-bandwidth");
-        planned.downtime_ms = plan.number("downtime-limit");
+        planned.limits.follow(plan);
         planned.zero_page = ZeroPage::named(plan.text("zero-page-detection"));
         planned.pause_before_switchover = plan.has("pause-before-switchover");
-        planned.xbzrle_cache_size = if plan.has("xbzrle") { plan.number("xbzrle-cache-size") } else { 0 };
         planned.switchover_bandwidth = plan.number("avail-switchover-bandwidth");
         planned.channels.follow(plan);
         planned.postcopy.follow(plan);
@@ -396,35 +385,32 @@ impl Args {
         if self.digest { Verify::Full } else { self.verify.into() }
     }
 
-    fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {
-        let run = describe("send", way.transport, &way.why, table);
-        run.with("downtime_ms", self.downtime_ms)
-            .with("max_bandwidth", self.max_bandwidth)
-            .with("xbzrle_cache_size", self.xbzrle_cache_size)
-            .with("channels", self.channels.count())
+    fn description(&self, way: &ChosenTransport, table: &RamBlockTable) -> RunDescription {
+        let run = self.limits.describe(describe("send", way.transport, &way.why, table));
+        run.with("channels", self.channels.count())
             .with("postcopy", self.postcopy.postcopy)
             .with("verify", word_of(self.verify()))
             .with("cpr", self.cpr.is_some())
     }
 }
 
-fn tell(args: &Args, way: &Way, report: &SourceReport) {
+fn tell(args: &Args, way: &ChosenTransport, report: &SourceReport) {
     if let Some(error) = &report.error {
         complain("send", error);
-        tell_remedies("send", Some(error), REMEDIES);
+        print_remedies("send", Some(error), REMEDIES);
     }
     let other = if args.from.is_some() { "the file" } else { "the RAM files" };
     let dir = args.dir.as_deref().unwrap_or(Path::new(other));
     if report.outcome == Outcome::Incomplete {
         note!(
-            "the guest runs at the destination, but the connection was lost while memory was missing there: it stands still \
-             where it needs that. If it is lost there, send {} again with --destination-is-dead",
+            "the guest runs at the destination, but the connection was lost while memory was missing there: \
+            it waits where it touches that memory. If it is lost there, send {} again with --destination-is-dead",
             dir.display()
         );
     }
     if report.outcome == Outcome::InDoubt {
         note!(
-            "the guest was given away, but nobody said that it runs. Look at the destination: if it runs, \
+            "the guest was given away, but no report came that it runs. Look at the destination: if it runs, \
              delete {}; if it does not, send again with --destination-is-dead",
             dir.display()
         );

@@ -11,12 +11,12 @@ use ramwire::stream::qemu::section::Phase;
 use ramwire::transport::{Address, MappedDestination};
 use ramwire::units::PageSize;
 
-use super::arriving::{nothing, style_seen};
+use super::incoming::{nothing, style_seen};
 use super::{FORMAT, Manifest, State, StoredGuest};
 
 /// The parts of a stream other than RAM.
 #[derive(Default)]
-struct Beside {
+struct OtherRecords {
     configuration: Configuration,
     /// Sections before the first page.
     early: Vec<u8>,
@@ -25,7 +25,7 @@ struct Beside {
     pages_began: bool,
 }
 
-impl Beside {
+impl OtherRecords {
     fn take(&mut self, event: &Event<'_>, raw: &[u8]) {
         match event {
             Event::Configuration(configuration) => self.configuration = configuration.clone(),
@@ -57,24 +57,24 @@ impl StoredGuest {
         let file = MappedDestination::open(address)?;
         let config = IncomingConfig { adopt_page_size: true, ..IncomingConfig::default() };
         let mut stream = IncomingStream::new(config);
-        let (bytes, mut at, mut beside) = (&file.stream().bytes, 0, Beside::default());
+        let (bytes, mut at, mut others) = (&file.stream().bytes, 0, OtherRecords::default());
         let ending = loop {
             match stream.next(bytes.get(at..).unwrap_or_default())? {
                 Step::Event { event: Event::Done, .. } => break Ending::Whole,
                 Step::Event { consumed, event } => {
-                    beside.take(&event, bytes.get(at..at + consumed).unwrap_or_default());
+                    others.take(&event, bytes.get(at..at + consumed).unwrap_or_default());
                     at += consumed;
                 }
                 Step::NeedMore { .. } => break stream.finish()?,
             }
         };
         if ending == Ending::NoDescription && !no_vmdesc {
-            let why = "its device state ended without a VM description; --no-vmdesc sends it all the same";
+            let why = "its device state ended without a VM description; --no-vmdesc sends it anyway";
             return Err(format!("{address}: {why}").into());
         }
         let seen = *stream.seen();
-        beside.state.extend_from_slice(stream.tail().bytes());
-        let page = beside.configuration.page_size.unwrap_or(PageSize::SIZE_4K);
+        others.state.extend_from_slice(stream.tail().bytes());
+        let page = others.configuration.page_size.unwrap_or(PageSize::SIZE_4K);
         let mut builder = MappedGuest::builder(page);
         for (index, places) in file.stream().places.iter().enumerate() {
             let mut block = RamBlock::new(places.block.name.clone(), places.block.used_length);
@@ -91,8 +91,8 @@ impl StoredGuest {
         let manifest = Manifest {
             format: FORMAT,
             state: State::Whole,
-            machine: beside.configuration.machine.clone(),
-            capabilities: beside.configuration.capabilities.clone(),
+            machine: others.configuration.machine.clone(),
+            capabilities: others.configuration.capabilities.clone(),
             uuid: None,
             page_size: None,
             configuration: seen.framing.configuration,
@@ -100,7 +100,7 @@ impl StoredGuest {
             source: "file".into(),
             otherwise: None,
             passed: false,
-            peer_style: style_seen(&beside.configuration.machine, &seen),
+            peer_style: style_seen(&others.configuration.machine, &seen),
             blocks: Vec::new(),
         };
         let memory = Arc::new(builder.build()?);
@@ -108,9 +108,9 @@ impl StoredGuest {
             custody: None,
             manifest,
             memory,
-            configuration: beside.configuration,
-            early: beside.early,
-            tail: beside.state,
+            configuration: others.configuration,
+            early: others.early,
+            tail: others.state,
             _file: Some(file),
         })
     }

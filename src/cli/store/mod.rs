@@ -11,8 +11,8 @@
 //! The source releases its guest when it receives success, so success is sent only after everything is on the disk and
 //! the manifest with the state `whole` has been renamed into place.
 
-mod arriving;
 mod custody;
+mod incoming;
 mod kept;
 mod mapped_file;
 mod private;
@@ -30,8 +30,8 @@ use ramwire::stream::qemu::section::Framing;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-pub use arriving::ArrivingGuest;
 pub use custody::Custody;
+pub use incoming::IncomingGuest;
 pub use stored::{Block, Overrides, StoredGuest, keep};
 
 /// Version of the folder's format that this program writes and reads.

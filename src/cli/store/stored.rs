@@ -16,10 +16,10 @@ use ramwire::sys::{Mapping, SharedFile};
 use ramwire::transport::MappedDestination;
 use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
-use super::arriving::nothing;
+use super::incoming::nothing;
 use super::kept::Kept;
 use super::ram_file::MAX_KEPT_OPEN;
-use super::{ArrivingGuest, Custody, EARLY, Manifest, State, Store, StoreError, TAIL, failed, private};
+use super::{Custody, EARLY, IncomingGuest, Manifest, State, Store, StoreError, TAIL, failed, private};
 use crate::cli::remedies::in_words;
 
 /// A QEMU maps the greatest length that a RAM block may get, which no stream tells; only those of the ACPI tables may
@@ -30,7 +30,7 @@ const MIN_PASSED: u64 = 2 << 20;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Overrides {
     /// Send a guest that was already sent.
-    pub again: bool,
+    pub resend: bool,
     /// Send a guest that may run at its destination or its source: an operator confirmed that it does not.
     pub destination_is_dead: bool,
     /// Send a guest whose device state has no VM description.
@@ -189,7 +189,7 @@ impl StoredGuest {
 
     /// The session's control of this guest, which is always paused.
     pub fn control(&self) -> Box<dyn GuestControl> {
-        Box::new(StandingMachine { tail: self.tail.clone(), custody: self.custody() })
+        Box::new(PausedMachine { tail: self.tail.clone(), custody: self.custody() })
     }
 
     /// Its state in the folder's manifest; `None` for files without a folder.
@@ -211,7 +211,7 @@ pub fn keep(
     may_run: bool,
 ) -> Result<(), StoreError> {
     use ramwire::session::MemoryProvider;
-    let mut guest = ArrivingGuest::new(Store::open(path)?)?;
+    let mut guest = IncomingGuest::new(Store::open(path)?)?;
     let failed = |error: &(dyn std::error::Error + 'static)| {
         failed(path, "keeping the guest")(io::Error::other(in_words(error)))
     };
@@ -248,23 +248,21 @@ fn allowed(path: &Path, manifest: &Manifest, overrides: Overrides) -> Result<(),
         State::Sent if manifest.passed => {
             "it runs elsewhere, in the RAM files of this folder: they are not the guest that arrived any more; receive it again"
         }
-        State::Sent if overrides.again => return Ok(()),
+        State::Sent if overrides.resend => return Ok(()),
         State::Incomplete if overrides.no_vmdesc => return Ok(()),
         State::Sent if open => {
-            "before that it was sent to another destination, where it runs; --again sends it once more"
+            "before that it was sent to another destination, where it runs; --resend sends it once more"
         }
-        State::Sent => "it runs elsewhere; --again sends it once more",
+        State::Sent => "it runs elsewhere; --resend sends it once more",
         State::InDoubt | State::Sending if manifest.passed => {
-            "its destination may run it, in the RAM files of this folder; look there first: if it runs or has run there, receive \
+            "its destination may run it, in the RAM files of this folder; check there first: if it runs or has run there, receive \
              the guest again; if it never did, give --destination-is-dead"
         }
         State::InDoubt | State::Sending => {
             "its destination may run it, or the source that it came from; look there first: if one does, delete this \
              folder; if none does, give --destination-is-dead"
         }
-        State::Incomplete => {
-            "its device state ended without a VM description; --no-vmdesc sends it all the same"
-        }
+        State::Incomplete => "its device state ended without a VM description; --no-vmdesc sends it anyway",
         State::Arriving => "it never arrived; receive it again",
     };
     Err(StoreError::NotWhole { path: path.to_owned(), state, why })
@@ -306,12 +304,12 @@ fn parse_uuid(hex: &str) -> Option<[u8; 16]> {
     (hex.len() == 32).then(|| value.to_be_bytes())
 }
 
-struct StandingMachine {
+struct PausedMachine {
     tail: Vec<u8>,
     custody: Option<Arc<Custody>>,
 }
 
-impl GuestControl for StandingMachine {
+impl GuestControl for PausedMachine {
     fn pause(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -330,7 +328,7 @@ impl GuestControl for StandingMachine {
     }
 }
 
-impl DeviceState for StandingMachine {
+impl DeviceState for PausedMachine {
     fn size(&mut self) -> u64 {
         self.tail.len() as u64
     }

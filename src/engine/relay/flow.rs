@@ -46,7 +46,7 @@ pub struct Traffic {
 /// Decides whether to read more from the source.
 #[derive(Debug)]
 pub struct RelayFlow {
-    most_time: Duration,
+    max_time: Duration,
     rate: Option<Rate>,
     allowed: u64,
     /// Waiting bytes, by their size on the wire.
@@ -62,7 +62,7 @@ impl RelayFlow {
     /// The backlog's time is at most 20 ms, and a tenth of `downtime_limit`.
     pub fn new(downtime_limit: Duration) -> Self {
         Self {
-            most_time: (downtime_limit / SHARE_OF_DOWNTIME).min(MAX_BACKLOG_TIME),
+            max_time: (downtime_limit / SHARE_OF_DOWNTIME).min(MAX_BACKLOG_TIME),
             rate: None,
             allowed: FIRST_BACKLOG,
             backlog: 0,
@@ -106,7 +106,7 @@ impl RelayFlow {
         self.rate = Some(rate);
         // At most twice as much as before: a single window may have found an empty buffer.
         let most = self.allowed.saturating_mul(2);
-        self.allowed = rate.bytes_in(self.most_time).min(most).max(MIN_BACKLOG);
+        self.allowed = rate.bytes_in(self.max_time).min(most).max(MIN_BACKLOG);
     }
 
     fn wire_bytes(&mut self, traffic: &Traffic) -> u64 {

@@ -53,7 +53,7 @@ pub(super) struct Ahead {
     /// When the pass began, and the number of runs that it has protected.
     began: Duration,
     runs: u32,
-    looked: bool,
+    searched: bool,
     /// What the pass was expected to take.
     expected: Option<Duration>,
 }
@@ -64,8 +64,8 @@ impl Ahead {
             Self { open: std::mem::take(&mut self.open), pass: self.pass + 1, began: now, ..Self::default() };
     }
 
-    pub(super) fn looked(&mut self) {
-        self.looked = true;
+    pub(super) fn searched(&mut self) {
+        self.searched = true;
     }
 
     pub(super) fn protected(&mut self, run: PageRun) {
@@ -98,7 +98,7 @@ impl Ahead {
     }
 
     pub(super) fn next(&mut self, now: Duration, config: &SnapshotConfig) -> Next {
-        if !self.looked {
+        if !self.searched {
             return Next::Look;
         }
         if let Some(run) = self.next_open(config) {

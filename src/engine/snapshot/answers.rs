@@ -18,7 +18,7 @@ impl SnapshotEngine {
         }
         self.phase = match (call, self.phase) {
             (Call::Pause, Phase::Pausing) if done => Phase::Saving,
-            (Call::SaveState, Phase::Saving) if done => self.behind_the_state(),
+            (Call::SaveState, Phase::Saving) if done => self.phase_after_state(),
             (Call::Resume, Phase::Waiting) => Phase::Closing,
             (_, phase) => phase,
         };
@@ -39,7 +39,7 @@ impl SnapshotEngine {
             return self.end(SnapshotOutcome::Failed);
         }
         self.phase = match action {
-            SnapshotAction::Open => self.behind_the_opening(),
+            SnapshotAction::Open => self.phase_after_opening(),
             SnapshotAction::Track if self.resume == Resume::NotAsked => Phase::Arming,
             SnapshotAction::Track => self.behind_everything(),
             SnapshotAction::Arm => {
@@ -53,7 +53,7 @@ impl SnapshotEngine {
                 Phase::Protecting
             }
             SnapshotAction::Look => {
-                self.ahead.looked();
+                self.ahead.searched();
                 self.phase
             }
             SnapshotAction::Protect { run } => {
@@ -62,7 +62,7 @@ impl SnapshotEngine {
             }
             SnapshotAction::Resume => {
                 self.calls(Call::Resume);
-                if self.phase == Phase::Resuming { self.behind_the_resume() } else { self.phase }
+                if self.phase == Phase::Resuming { self.phase_after_resume() } else { self.phase }
             }
             SnapshotAction::Copy { run, .. } => {
                 self.copied(run);
@@ -72,7 +72,7 @@ impl SnapshotEngine {
                 self.lifted(run);
                 self.phase
             }
-            SnapshotAction::Disarm if self.phase == Phase::Disarming => self.behind_the_pages(),
+            SnapshotAction::Disarm if self.phase == Phase::Disarming => self.phase_after_pages(),
             SnapshotAction::Close => Phase::Ended,
             _ => self.phase,
         };
@@ -84,7 +84,7 @@ impl SnapshotEngine {
     }
 
     /// Order: changes are logged before the snapshot's moment.
-    fn behind_the_opening(&self) -> Phase {
+    fn phase_after_opening(&self) -> Phase {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::TrackLate) {
             return Phase::Arming;
@@ -92,7 +92,7 @@ impl SnapshotEngine {
         Phase::Tracking
     }
 
-    fn behind_the_state(&self) -> Phase {
+    fn phase_after_state(&self) -> Phase {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::ResumeUnprotected) {
             return Phase::Resuming;
@@ -100,7 +100,7 @@ impl SnapshotEngine {
         Phase::Looking
     }
 
-    pub(super) fn behind_the_protection(&self) -> Phase {
+    pub(super) fn phase_after_protection(&self) -> Phase {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::ResumeUnprotected) {
             return Phase::Copying;
@@ -108,7 +108,7 @@ impl SnapshotEngine {
         Phase::Resuming
     }
 
-    fn behind_the_resume(&self) -> Phase {
+    fn phase_after_resume(&self) -> Phase {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::ResumeUnprotected) {
             return Phase::Looking;
@@ -116,7 +116,7 @@ impl SnapshotEngine {
         Phase::Copying
     }
 
-    fn behind_the_pages(&self) -> Phase {
+    fn phase_after_pages(&self) -> Phase {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::TrackLate) {
             return Phase::Tracking;

@@ -21,7 +21,7 @@ impl SnapshotEngine {
             Phase::Protecting => match self.ahead.next_open(&self.config) {
                 Some(run) => Some(SnapshotAction::Protect { run }),
                 None => {
-                    self.phase = self.behind_the_protection();
+                    self.phase = self.phase_after_protection();
                     self.next()
                 }
             },

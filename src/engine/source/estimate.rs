@@ -14,18 +14,19 @@ pub(super) struct PagePath {
     /// Pages are sent as differences: a dirty page need not take its whole length.
     pub(super) deltas: bool,
     /// Bytes that were sent but have not left this host.
-    pub(super) under_way: u64,
+    pub(super) unacknowledged: u64,
 }
 
 impl SourceEngine {
     /// Expected downtime if the guest were paused with `dirty_pages`; `None` before a rate is known.
     pub fn expected_downtime(&self, dirty_pages: u64) -> Option<Duration> {
-        self.downtime_behind(self.path.under_way, dirty_pages)
+        self.downtime_after(self.path.unacknowledged, dirty_pages)
     }
 
-    pub(super) fn downtime_behind(&self, under_way: u64, dirty_pages: u64) -> Option<Duration> {
+    pub(super) fn downtime_after(&self, unacknowledged: u64, dirty_pages: u64) -> Option<Duration> {
         let pages = self.time_of_pages(dirty_pages)?;
-        let waiting = if under_way > 0 { self.wire_rate()?.time_for(under_way)? } else { Duration::ZERO };
+        let waiting =
+            if unacknowledged > 0 { self.wire_rate()?.time_for(unacknowledged)? } else { Duration::ZERO };
         Some(self.unavoidable().saturating_add(pages).saturating_add(waiting))
     }
 

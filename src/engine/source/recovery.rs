@@ -130,7 +130,7 @@ impl SourceEngine {
                 self.open_urgent(UrgentChannel::Late, BehindUrgent::Resume);
             }
             Phase::ComparingReceived(Lost::BeforeCommit) => {
-                self.path.under_way = 0;
+                self.path.unacknowledged = 0;
                 self.go(Phase::Syncing, SourceAction::Sync { last: false });
             }
             Phase::ComparingReceived(Lost::BehindCommit) => self.await_running(now),

@@ -173,7 +173,7 @@ pub enum Overdue {
     /// READY, though the peer went on reporting that it is busy.
     Ready(Duration),
     /// READY, and the peer was silent.
-    Sign(Duration),
+    Keepalive(Duration),
     /// That the peer takes the guest.
     Taken(Duration),
     /// RUNNING.

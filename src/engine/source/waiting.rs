@@ -53,7 +53,7 @@ impl SourceEngine {
                 _,
             ) => {}
             _ if !self.expects(event) => self.abandon(Reason::Failed),
-            (Phase::AwaitingReady { by }, SourceEvent::Working) => self.await_sign(now, by),
+            (Phase::AwaitingReady { by }, SourceEvent::Working) => self.await_keepalive(now, by),
             (_, SourceEvent::Ready) => self.commit(),
             (_, SourceEvent::Running) => {
                 self.overdue = None;
@@ -65,7 +65,7 @@ impl SourceEngine {
     }
 
     /// Another event has arrived that the source waits for, or may wait for later.
-    pub(super) fn came(&mut self, event: SourceEvent) {
+    pub(super) fn handle_waiting(&mut self, event: SourceEvent) {
         self.upstream_stopped |= event == SourceEvent::UpstreamStopped;
         match (self.phase, event) {
             (Phase::Waiting, SourceEvent::UpstreamStopped | SourceEvent::Woken) => {
@@ -87,14 +87,14 @@ impl SourceEngine {
         let answers = self.config.answers;
         let overdue = match self.phase {
             Phase::AwaitingReady { by } if self.wake_at == Some(by) => Overdue::Ready(answers.ready),
-            Phase::AwaitingReady { .. } => Overdue::Sign(answers.silence),
+            Phase::AwaitingReady { .. } => Overdue::Keepalive(answers.silence),
             Phase::AwaitingTaken => Overdue::Taken(answers.running),
             Phase::AwaitingRunning => Overdue::Running(answers.running),
             _ => return,
         };
         // A network that swallows what is sent tells nobody that it does.
         let silent = match overdue {
-            Overdue::Sign(_) => true,
+            Overdue::Keepalive(_) => true,
             Overdue::Running(_) if self.asks > 0 => {
                 self.asks -= 1;
                 true
@@ -116,10 +116,10 @@ impl SourceEngine {
     pub(super) fn await_ready(&mut self, now: Duration) {
         let by = now + self.config.answers.ready;
         self.phase = Phase::AwaitingReady { by };
-        self.await_sign(now, by);
+        self.await_keepalive(now, by);
     }
 
-    fn await_sign(&mut self, now: Duration, by: Duration) {
+    fn await_keepalive(&mut self, now: Duration, by: Duration) {
         self.wake_at = Some(by.min(now + self.config.answers.silence));
     }
 

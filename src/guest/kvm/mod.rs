@@ -96,9 +96,9 @@ impl Slots {
         DirtyError::Unsupported { source_name: self.source_name, reason }
     }
 
-    /// Sets the flag of the first slot, lets `look` use it, and clears it. A write needs a vCPU of the guest and can't
+    /// Sets the flag of the first slot, lets `check` use it, and clears it. A write needs a vCPU of the guest and can't
     /// be made here.
-    fn probe(&self, look: impl FnOnce(&Slot) -> io::Result<()>) -> Result<(), DirtyError> {
+    fn probe(&self, check: impl FnOnce(&Slot) -> io::Result<()>) -> Result<(), DirtyError> {
         if self.page != LOG_PAGE {
             let reason = format!("KVM counts {LOG_PAGE} pages, the guest {} pages", self.page);
             return Err(self.unsupported(reason));
@@ -113,8 +113,8 @@ impl Slots {
             self.unsupported(format!("slot {}: {error}; {remedy}", slot.given.slot))
         };
         self.set_slot(slot, true).map_err(refused)?;
-        let looked = look(slot);
-        self.set_slot(slot, false).and(looked).map_err(refused)
+        let checked = check(slot);
+        self.set_slot(slot, false).and(checked).map_err(refused)
     }
 
     /// Sets or clears the flag of every slot. Clearing continues after an error, of which the first is returned.

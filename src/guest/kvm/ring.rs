@@ -153,7 +153,7 @@ impl KvmDirtyRing {
     ///
     /// # Errors
     /// As [`collect`](Self::collect).
-    pub fn relieve(&self) -> Result<u64, DirtyError> {
+    pub fn collect_if_half_full(&self) -> Result<u64, DirtyError> {
         // The holder of the lock is collecting.
         let half_full = self.rings.try_lock().is_ok_and(|rings| rings.iter().any(DirtyRing::is_half_full));
         if half_full { self.collect() } else { Ok(0) }
@@ -303,7 +303,7 @@ mod tests {
         for first in (0..3069).step_by(31) {
             let pages = 31.min(3069 - first);
             vm.write_pages(0x4000_0000 + first * 4096, pages, 1);
-            most = most.max(ring.relieve().unwrap());
+            most = most.max(ring.collect_if_half_full().unwrap());
         }
         assert!((512..1024 - 64).contains(&most), "{most}");
         assert_eq!(synced(&ring), (1027..4096).collect::<Vec<_>>());

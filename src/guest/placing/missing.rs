@@ -66,7 +66,7 @@ impl Placer {
         let block = self.memory.table().get(landing.block());
         Err(GuestError::Kernel {
             block: block.map_or_else(String::new, |block| block.name.to_string()),
-            what: "giving its huge pages back, so that they are missing until they come,",
+            what: "discarding its huge pages for postcopy",
             remedy: "map them shared, or private without a file on Linux 5.18 or later",
             source: std::io::ErrorKind::Unsupported.into(),
         })
@@ -194,16 +194,16 @@ impl Placer {
         let Some(missing) = self.missing.get() else { return Ok(()) };
         debug_assert_eq!(landing.len(), bytes.len() as u64);
         let host = self.host_page(landing).bytes();
-        let has_come = |at| landing.part(at, host).is_none_or(|page| self.has_come(page));
+        let is_received = |at| landing.part(at, host).is_none_or(|page| self.is_received(page));
         let _turn = missing.turn.locked();
         let mut at = 0;
         while at < landing.len() {
             let start = at;
             at += host;
-            if has_come(start) {
+            if is_received(start) {
                 continue;
             }
-            while at < landing.len() && !has_come(at) {
+            while at < landing.len() && !is_received(at) {
                 at += host;
             }
             if let Some((part, bytes)) =

@@ -176,7 +176,7 @@ impl Placer {
     }
 
     /// Pages that are here: that have arrived at least once, or may have been written by a NIC.
-    pub fn come(&self) -> u64 {
+    pub fn received_pages(&self) -> u64 {
         self.received.count()
     }
 
@@ -242,7 +242,7 @@ impl Placer {
     }
 
     /// True if a page of `landing` has arrived before.
-    pub fn has_come(&self, landing: Landing) -> bool {
+    pub fn is_received(&self, landing: Landing) -> bool {
         let run = self.run(landing);
         let mut pages = (run.first.0..run.end().0).map(PageIndex);
         self.received.block(run.block).is_some_and(|map| pages.any(|page| map.get(page)))
@@ -253,16 +253,16 @@ impl Placer {
         let run = self.run(landing);
         let used = self.used.get(run.block.as_usize()).and_then(Option::as_ref);
         let mut pages = (run.first.0..run.end().0).map(PageIndex);
-        self.has_come(landing) || used.is_some_and(|map| pages.any(|page| map.get(page)))
+        self.is_received(landing) || used.is_some_and(|map| pages.any(|page| map.get(page)))
     }
 
     /// Pages of migrated blocks of which no source has reported anything.
-    pub fn never_came(&self) -> u64 {
+    pub fn missing_pages(&self) -> u64 {
         let table = self.memory.table();
         let travels = |index: &BlockIndex| !table.blocks()[index.as_usize()].flags.ignored;
         let never = |index: BlockIndex| {
-            let come = self.received.block(index).map_or(0, AtomicBitmap::count);
-            table.pages_of(&table.blocks()[index.as_usize()]).saturating_sub(come)
+            let received = self.received.block(index).map_or(0, AtomicBitmap::count);
+            table.pages_of(&table.blocks()[index.as_usize()]).saturating_sub(received)
         };
         self.blocks.iter().copied().filter(travels).map(never).sum()
     }

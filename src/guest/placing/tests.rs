@@ -73,7 +73,7 @@ fn what_was_written_in_parts_lands_in_order_on_every_way() {
         for page in 0..PAGES {
             writer.write(&placer, run, page * 4096, std::iter::once(&[page as u8; 4096][..])).unwrap();
         }
-        assert!(!placer.has_come(run), "written is not yet received");
+        assert!(!placer.is_received(run), "written is not yet received");
         placer.commit(run);
         let bytes = bytes_of(&placer, run);
         assert!(bytes.chunks(4096).enumerate().all(|(page, bytes)| bytes.iter().all(|b| *b == page as u8)));

@@ -6,7 +6,7 @@ use super::Placer;
 use super::missing::HostPages;
 use crate::guest::GuestError;
 use crate::ram::Landing;
-use crate::sys::{FaultWatch, HostSpan, populate};
+use crate::sys::{HostSpan, MinorFaultMonitor, populate};
 
 /// Parts that one `pwrite` takes.
 const PARTS_A_WRITE: usize = 64;
@@ -18,7 +18,7 @@ const PARTS_A_WRITE: usize = 64;
 /// stored to.
 #[derive(Debug, Default)]
 pub struct PageWriter {
-    faults: FaultWatch,
+    faults: MinorFaultMonitor,
     unmapped: bool,
     host_pages: HostPages,
 }
@@ -31,7 +31,7 @@ impl PageWriter {
 
     /// Finds out whether the bytes written since the last call met page faults. To be called once for each batch of bytes.
     pub fn check_faults(&mut self) {
-        self.unmapped = self.faults.look();
+        self.unmapped = self.faults.has_many_faults();
     }
 
     /// Prepares `landings` for bytes that the kernel receives straight into them. True if they had better be received into
@@ -43,7 +43,7 @@ impl PageWriter {
         if landings.first().is_some_and(|first| placer.region(*first).is_some()) {
             return true;
         }
-        let new = landings.iter().filter(|landing| !placer.has_come(**landing));
+        let new = landings.iter().filter(|landing| !placer.is_received(**landing));
         new.filter_map(|landing| placer.target(*landing).ok()).for_each(populated);
         false
     }

@@ -140,8 +140,8 @@ impl SyntheticGuest {
         verify::verify(&shared)
     }
 
-    fn with<T>(&self, look: impl FnOnce(Option<&mut Machine>) -> T) -> T {
-        look(self.machine.locked().as_mut())
+    fn with<T>(&self, work: impl FnOnce(Option<&mut Machine>) -> T) -> T {
+        work(self.machine.locked().as_mut())
     }
 
     fn install(&self, plan: Plan, done: Vec<u64>, arrived: bool) -> Arc<Shared> {
@@ -287,7 +287,8 @@ impl Shared {
             } else {
                 pace.wrote(page_bytes, &self.gate);
             }
-            ran = if self.gate.is_open() { Some(false) } else { self.gate.stand_still().then_some(true) };
+            ran =
+                if self.gate.is_open() { Some(false) } else { self.gate.wait_while_closed().then_some(true) };
         }
     }
 

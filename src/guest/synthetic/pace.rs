@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::guest::gate::{VcpuGate, WHOLE};
+use crate::guest::vcpu_gate::{VcpuGate, WHOLE};
 use crate::units::Rate;
 
 /// A writer that fell behind its rate catches up at most this much.

@@ -60,11 +60,11 @@ impl Shared {
         let mut step = u64::from(reader);
         let mut runs = self.gate.arrive();
         while runs {
-            let Some(run) = self.readers.place(step) else { return self.gate.stand_for_good() };
+            let Some(run) = self.readers.place(step) else { return self.gate.wait_for_end() };
             self.read_page(run, &mut buffer);
             step += u64::from(self.readers.threads);
             self.readers.read.fetch_add(1, Ordering::Release);
-            runs = self.gate.is_open() || self.gate.stand_still();
+            runs = self.gate.is_open() || self.gate.wait_while_closed();
         }
     }
 

@@ -104,7 +104,7 @@ pub struct CheckpointReport {
     /// How long the guest was paused for each checkpoint.
     pub pauses: LatencySummary,
     /// The guest was paused and could not be resumed.
-    pub stands_still: bool,
+    pub not_resumed: bool,
 }
 
 /// How protection ended at the standby.

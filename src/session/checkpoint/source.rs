@@ -156,7 +156,7 @@ struct Figures {
     in_checkpoint: u64,
     pauses: Latency,
     paused_at: Option<Instant>,
-    stands_still: bool,
+    not_resumed: bool,
 }
 
 struct Running {
@@ -296,7 +296,7 @@ impl Running {
             CheckpointAction::Send => self.send_dirty()?,
             CheckpointAction::Pause => {
                 self.figures.paused_at = Some(Instant::now());
-                self.figures.stands_still = true;
+                self.figures.not_resumed = true;
                 let paused = named("calling GuestControl::pause", || self.guest.control.pause());
                 paused.map_err(|source| Error::Control { what: "pause", source })?;
             }
@@ -308,7 +308,7 @@ impl Running {
             CheckpointAction::Resume => {
                 let resumed = named("calling GuestControl::resume", || self.guest.control.resume());
                 resumed.map_err(|source| Error::Control { what: "resume", source })?;
-                self.figures.stands_still = false;
+                self.figures.not_resumed = false;
                 if let Some(paused_at) = self.figures.paused_at.take() {
                     self.figures.pauses.record(paused_at.elapsed());
                 }
@@ -447,7 +447,7 @@ impl Running {
             pages: figures.pages,
             bytes: self.sink.position(),
             pauses: figures.pauses.summary(),
-            stands_still: figures.stands_still && outcome != CheckpointOutcome::Taken,
+            not_resumed: figures.not_resumed && outcome != CheckpointOutcome::Taken,
         }
     }
 }

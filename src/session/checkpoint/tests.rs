@@ -138,7 +138,7 @@ fn the_guest_starts_at_the_standby_from_the_last_whole_checkpoint() {
     let Protected { near, source, standby, kept, there, machine, .. } = protected;
     near.shutdown(std::net::Shutdown::Both).unwrap();
     let left = source.wait().unwrap();
-    assert_eq!((left.outcome, left.safe, left.stands_still), (CheckpointOutcome::Unprotected, 5, false));
+    assert_eq!((left.outcome, left.safe, left.not_resumed), (CheckpointOutcome::Unprotected, 5, false));
     assert!(left.error.is_some() && left.pauses.count == 5, "{left:?}");
     assert!(!machine.runs(), "a lost connection starts nothing");
     standby.activate();
@@ -171,7 +171,7 @@ fn a_source_that_lives_pauses_its_guest_when_it_is_taken() {
     let arrived = protected.standby.wait().unwrap();
     assert_eq!(arrived.ending, StandbyEnding::Active(1), "{:?}", arrived.error);
     let left = protected.source.wait().unwrap();
-    assert_eq!((left.outcome, left.stands_still), (CheckpointOutcome::Taken, false), "{:?}", left.error);
+    assert_eq!((left.outcome, left.not_resumed), (CheckpointOutcome::Taken, false), "{:?}", left.error);
     assert!(!protected.vm.machine.runs() && protected.machine.runs());
     assert!(bytes(&protected.there) == *protected.kept.lock().unwrap()[0]);
 }

@@ -19,7 +19,7 @@ pub(super) struct Advised {
     host_pages: u64,
     package: Vec<u8>,
     /// Pages that were discarded.
-    owed: PageSet,
+    expected_pages: PageSet,
 }
 
 impl Advised {
@@ -35,12 +35,12 @@ impl Advised {
     }
 
     pub(super) fn with(faults: MissingFaults, host_pages: u64) -> Self {
-        Self { faults: Some(faults), host_pages, package: Vec::new(), owed: PageSet::default() }
+        Self { faults: Some(faults), host_pages, package: Vec::new(), expected_pages: PageSet::default() }
     }
 
     /// At a relay: no guest runs here.
     pub(super) fn elsewhere(host_pages: u64) -> Self {
-        Self { faults: None, host_pages, package: Vec::new(), owed: PageSet::default() }
+        Self { faults: None, host_pages, package: Vec::new(), expected_pages: PageSet::default() }
     }
 
     pub(super) fn serves_here(&self) -> bool {
@@ -93,10 +93,10 @@ impl Advised {
                 .admit(index, BlockOffset(start), length)
                 .map_err(|error| refused(&error.to_string()))?;
             placer.forget(landing)?;
-            if self.owed.blocks() == 0 {
-                self.owed = PageSet::new(table);
+            if self.expected_pages.blocks() == 0 {
+                self.expected_pages = PageSet::new(table);
             }
-            self.owed.add(placer.run(landing));
+            self.expected_pages.add(placer.run(landing));
         }
         Ok(())
     }
@@ -104,7 +104,7 @@ impl Advised {
     /// The package is complete: returns the descriptor for faults if the guest
     /// runs here, the package, and the pages that will be sent again.
     pub(super) fn into_parts(self) -> (Option<MissingFaults>, Vec<u8>, PageSet) {
-        (self.faults, self.package, self.owed)
+        (self.faults, self.package, self.expected_pages)
     }
 }
 
@@ -124,7 +124,7 @@ impl DestinationSession {
             });
         }
         self.switch.advise(match self.ingest.relays_postcopy()? {
-            true if self.told.spread => {
+            true if self.reported.spread => {
                 return Err(Error::Config {
                     what: "the source may switch to postcopy with page channels, and a relay takes missing pages in \
                            the stream only"

@@ -19,7 +19,7 @@ use super::receive::out_of_turn;
 
 /// What the source has reported about itself and about the pages it sent.
 #[derive(Debug, Default)]
-pub(super) struct SourceTold {
+pub(super) struct SourceReports {
     /// It reads answers.
     pub(super) return_path: bool,
     pub(super) configuration: Option<Configuration>,
@@ -46,7 +46,7 @@ pub(super) struct SourceTold {
     pub(super) compared: Compared,
 }
 
-impl SourceTold {
+impl SourceReports {
     /// The guest runs on at the source, which has connected again and will tell all of this again.
     pub(super) fn forget_switchover(&mut self) {
         self.sent = None;
@@ -62,10 +62,11 @@ impl SourceTold {
 }
 
 /// The source has a page channel that is not read here.
-pub(super) fn more_channels_there(MissingPackets { sent, came }: MissingPackets) -> Error {
+pub(super) fn more_channels_there(MissingPackets { sent, arrived }: MissingPackets) -> Error {
     Error::Config {
         what: format!(
-            "the source has more page channels than this end: of {sent} packets that it has sent on them {came} have come"
+            "the source has more page channels than this end: of {sent} packets that it has sent on them \
+            {arrived} have arrived"
         ),
         remedy: Remedy::AlignChannels,
     }
@@ -83,7 +84,7 @@ impl DestinationSession {
     /// A connection that is not read loses its pages, and one that does not exist would be waited for in vain.
     pub(super) fn agree_on_channels(&mut self) -> Result<(), Error> {
         let ours = self.wire.link.abilities().page_channels;
-        Ok(agree_on_channels(self.told.channels, ours)?)
+        Ok(agree_on_channels(self.reported.channels, ours)?)
     }
 
     /// Packets of page channels that were sent and have not arrived. A ramwire has sent the number of its channels, and
@@ -97,20 +98,18 @@ impl DestinationSession {
     /// the last round may still be in its buffer then. Such a QEMU has sent pages before. One from which no page has
     /// arrived may be waiting until its page channels are read. A ramwire sends keepalives.
     pub(super) fn may_hold_its_switchover(&mut self) -> bool {
-        self.ingest.sections().between_rounds()
-            && !self.driver.engine.is_native()
-            && !self.has_brought_nothing()
+        self.ingest.sections().between_rounds() && !self.driver.engine.is_native() && !self.nothing_received()
     }
 
     /// Not one whole page has come in the stream, which is the only way here, and some pages are missing.
-    fn has_brought_nothing(&mut self) -> bool {
+    fn nothing_received(&mut self) -> bool {
         let able = self.wire.link.abilities();
         if able.page_channels > 0 || able.has_rounds {
             return false;
         }
         let Some(placing) = self.ingest.placed() else { return false };
         let PageCounts { normal, delta, .. } = placing.in_stream();
-        normal == 0 && delta == 0 && placing.placer().never_came() > 0
+        normal == 0 && delta == 0 && placing.placer().missing_pages() > 0
     }
 
     /// What the silence of a source may come from, where it is more than that.
@@ -119,12 +118,13 @@ impl DestinationSession {
         if let Err(why) = self.check_packets() {
             return why;
         }
-        if self.driver.engine.is_native() || !self.has_brought_nothing() {
+        if self.driver.engine.is_native() || !self.nothing_received() {
             return error;
         }
         Error::Config {
             what: format!(
-                "the source has sent no page and then nothing for {} s; it may have page channels (multifd) that nobody reads",
+                "the source has sent no page and then nothing for {} s; it may have page channels (multifd) \
+                that are not read here",
                 after.as_secs_f64()
             ),
             remedy: Remedy::AskForChannels,
@@ -139,8 +139,11 @@ impl DestinationSession {
         let alone = self.wire.link.stream().descriptor().is_none();
         let able = self.wire.link.abilities();
         let beside = alone || able.page_channels > 0 || able.has_rounds;
-        let some_stay =
-            self.told.configuration.as_ref().is_some_and(|configuration| configuration.has(IGNORE_SHARED));
+        let some_stay = self
+            .reported
+            .configuration
+            .as_ref()
+            .is_some_and(|configuration| configuration.has(IGNORE_SHARED));
         if beside || some_stay || self.switch.is_advised() || self.driver.engine.is_native() {
             return Ok(());
         }
@@ -148,7 +151,7 @@ impl DestinationSession {
         let PageCounts { normal, delta, zero } = placing.in_stream();
         // A source with page channels that are not read sends its zero pages in the stream; a source that sends no page
         // at all has none to lose.
-        if zero == 0 || normal > 0 || delta > 0 || placing.placer().never_came() == 0 {
+        if zero == 0 || normal > 0 || delta > 0 || placing.placer().missing_pages() == 0 {
             return Ok(());
         }
         Err(no_channels_here())
@@ -159,13 +162,13 @@ impl DestinationSession {
         if !self.ingest.sections().ram_ended() || !self.driver.engine.is_native() {
             return Err(out_of_turn("SENT", "waiting for the last page of a ramwire"));
         }
-        self.told.sent = Some(page_counts::decode(counts));
+        self.reported.sent = Some(page_counts::decode(counts));
         Ok(())
     }
 
     /// Everything has come: is it what was sent?
     pub(super) fn compare_counts(&mut self) -> Result<(), Error> {
-        let Some(sent) = self.told.sent.take() else {
+        let Some(sent) = self.reported.sent.take() else {
             return Err(out_of_turn("STATE_SENT", "waiting for the counts of what was sent"));
         };
         if self.breakage.is(Breakage::SkipCounting) {
@@ -173,7 +176,7 @@ impl DestinationSession {
         }
         let page_bytes = self.ingest.placing()?.placer().page_bytes();
         let mut stream = self.ingest.placing()?.in_stream();
-        stream.zero += self.told.zero_in_rounds / page_bytes;
+        stream.zero += self.reported.zero_in_rounds / page_bytes;
         let mut placed = vec![stream];
         placed.extend(self.wire.link.placed_pages());
         Ok(compare_counts(&sent, &placed)?)

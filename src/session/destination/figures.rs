@@ -29,13 +29,13 @@ struct Counts {
     ram_complete: AtomicBool,
     /// Bytes that a NIC has written for the first time, in rounds whose pages are marked as received.
     nic_marked: AtomicU64,
-    guest: OnceLock<ArrivingGuest>,
+    guest: OnceLock<IncomingGuest>,
     /// The threads that wait for missing pages, from a switch to postcopy on.
     pager: OnceLock<Arc<Mutex<Pager>>>,
 }
 
 /// The guest, once its blocks are known.
-struct ArrivingGuest {
+struct IncomingGuest {
     placer: Arc<Placer>,
     total: u64,
     since: Duration,
@@ -75,7 +75,7 @@ impl Figures {
     /// The guest's memory exists, and `total` bytes of it are migrated; `live` counts bytes outside the stream.
     pub(super) fn arriving(&self, placer: &Arc<Placer>, total: u64, live: LiveBytes) {
         let since = Duration::from_secs_f64(self.shared.snapshot().total_time / 1e3);
-        let guest = ArrivingGuest { placer: Arc::clone(placer), total, since, live };
+        let guest = IncomingGuest { placer: Arc::clone(placer), total, since, live };
         let page_size = guest.placer.page_bytes();
         // Set once, by the first list of blocks.
         let _ = self.counts.guest.set(guest);
@@ -94,7 +94,7 @@ impl Figures {
 
     /// An RDMA round is over, and the pages that it wrote are marked as received.
     pub(super) fn round_marked(&self) {
-        let nic = self.counts.guest.get().map_or(0, ArrivingGuest::by_nic);
+        let nic = self.counts.guest.get().map_or(0, IncomingGuest::by_nic);
         self.counts.nic_marked.store(nic, Ordering::Relaxed);
     }
 
@@ -122,7 +122,7 @@ impl Figures {
     }
 }
 
-impl ArrivingGuest {
+impl IncomingGuest {
     fn by_nic(&self) -> u64 {
         self.live.rounds.as_ref().map_or(0, |bytes| bytes.load(Ordering::Relaxed))
     }
@@ -135,8 +135,8 @@ impl ArrivingGuest {
 impl Counts {
     /// Bytes on every way.
     fn path_bytes(&self) -> u64 {
-        let beside = self.guest.get().map_or(0, |guest| guest.by_channels() + guest.by_nic());
-        self.stream.load(Ordering::Relaxed) + beside
+        let channel_bytes = self.guest.get().map_or(0, |guest| guest.by_channels() + guest.by_nic());
+        self.stream.load(Ordering::Relaxed) + channel_bytes
     }
 
     fn refresh(&self, s: &mut Statistics, window: &mut Option<Moment>, now: Duration) {
@@ -145,12 +145,13 @@ impl Counts {
         s.transferred = stream;
         s.page_waits = self.pager.get().map(|pager| pager.locked().waits());
         let Some(guest) = self.guest.get() else { return };
-        let beside = guest.by_channels();
-        (s.transferred, s.multifd_bytes, s.pages) = (stream + beside, beside, guest.placer.counts());
+        let channel_bytes = guest.by_channels();
+        (s.transferred, s.multifd_bytes, s.pages) =
+            (stream + channel_bytes, channel_bytes, guest.placer.counts());
         let in_round = guest.by_nic().saturating_sub(self.nic_marked.load(Ordering::Relaxed));
-        let come = guest.placer.come() * guest.placer.page_bytes() + in_round;
+        let received = guest.placer.received_pages() * guest.placer.page_bytes() + in_round;
         let complete = self.ram_complete.load(Ordering::Relaxed);
-        s.remaining = if complete { 0 } else { guest.total.saturating_sub(come) };
+        s.remaining = if complete { 0 } else { guest.total.saturating_sub(received) };
 
         let pages = s.pages.normal + s.pages.zero + s.pages.delta;
         let moment = Moment { at: now, bytes: self.path_bytes(), pages };
@@ -192,7 +193,7 @@ mod tests {
 
     fn counts(placer: &Arc<Placer>, nic: &Arc<AtomicU64>) -> Counts {
         let counts = Counts::default();
-        let guest = ArrivingGuest {
+        let guest = IncomingGuest {
             placer: Arc::clone(placer),
             total: PAGES * 4096,
             since: Duration::from_millis(50),

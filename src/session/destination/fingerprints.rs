@@ -146,29 +146,29 @@ impl DestinationSession {
     pub(super) fn fingerprints(&mut self, block: u32, first: u64, values: &[u8]) -> Result<(), Error> {
         let values: Vec<u64> =
             values.chunks_exact(8).filter_map(|v| v.try_into().ok().map(u64::from_be_bytes)).collect();
-        if self.told.compared.prints.is_none() {
+        if self.reported.compared.prints.is_none() {
             return Err(not_agreed());
         }
         if block == STATE_BLOCK {
-            self.told.compared.state = values.try_into().ok();
+            self.reported.compared.state = values.try_into().ok();
             return Ok(());
         }
         let past_stream = self.wire.link.abilities().has_rounds;
         let placer = Arc::clone(self.ingest.placing()?.placer());
         let landing = placer.admit_pages(BlockIndex(block), PageIndex(first), values.len() as u64)?;
         let Some(landing) = landing else { return Err(not_agreed()) };
-        self.told.compared.take(&placer, placer.run(landing), &values, past_stream)
+        self.reported.compared.take(&placer, placer.run(landing), &values, past_stream)
     }
 
     /// Everything has come: is it what was sent?
     pub(super) fn compare_fingerprints(&mut self) -> Result<(), Error> {
-        let Some(prints) = self.told.compared.prints.clone() else { return Ok(()) };
+        let Some(prints) = self.reported.compared.prints.clone() else { return Ok(()) };
         if self.breakage.is(Breakage::SkipFingerprints) {
             return Ok(());
         }
         let memory = self.ingest.memory()?;
-        self.told.compared.settle(&*memory, &self.told.unsent)?;
-        let Some(theirs) = self.told.compared.state else {
+        self.reported.compared.settle(&*memory, &self.reported.unsent)?;
+        let Some(theirs) = self.reported.compared.state else {
             return Err(out_of_turn("STATE_SENT", "waiting for the fingerprint of the device state"));
         };
         let incoming = self.ingest.incoming();
@@ -178,7 +178,7 @@ impl DestinationSession {
         if theirs != [prints.of(&carried), prints.of(self.ingest.state())] {
             return Err(Error::Digest(Mismatch::State));
         }
-        self.told.compared.verified = true;
+        self.reported.compared.verified = true;
         Ok(())
     }
 
@@ -204,7 +204,7 @@ impl DestinationSession {
             MemoryCheck::Differs { .. } => tracing::error!("{check}"),
             _ => tracing::info!("{check}"),
         }
-        self.told.compared.check = Some(check);
+        self.reported.compared.check = Some(check);
     }
 
     fn next_finding(&mut self, reader: &mut StreamReader) -> Result<Finding, Error> {

@@ -15,7 +15,7 @@ use super::mapper::Mapper;
 use super::placing::Placing;
 use super::receive::{no_blocks, out_of_turn};
 use super::sections::Sections;
-use super::{Arrival, Incoming, Switched};
+use super::{Incoming, IncomingObserver, Switched};
 use crate::session::relay::ScanReport;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Error};
@@ -25,7 +25,7 @@ pub(super) struct Placement<'a> {
     /// Pages may be missing when the guest starts.
     pub(super) may_be_postcopy: bool,
     /// Pages that were written through the backing file are mapped, by a thread of this spawner.
-    pub(super) map_behind: Option<&'a Spawner>,
+    pub(super) map_in_background: Option<&'a Spawner>,
     /// Takes the fingerprints of pages.
     pub(super) prints: Option<Arc<Fingerprints>>,
     /// Pages since the last fence are kept apart.
@@ -38,7 +38,7 @@ pub(super) struct Arrived {
     pub(super) incoming: Option<Incoming>,
     pub(super) pages: PageCounts,
     pub(super) by_file: u64,
-    pub(super) mapped_behind: u64,
+    pub(super) mapped_in_background: u64,
     pub(super) scan: Option<ScanReport>,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct Arrived {
 #[derive(Default)]
 pub(super) struct Ingest {
     /// Observes pages; here until there is memory for them.
-    arrival: Option<Box<dyn Arrival>>,
+    observer: Option<Box<dyn IncomingObserver>>,
     /// Once there is memory.
     placing: Option<Placing>,
     mapper: Option<Mapper>,
@@ -59,8 +59,8 @@ pub(super) struct Ingest {
 
 impl Ingest {
     /// `arrival` observes pages as they arrive.
-    pub(super) fn observed_by(&mut self, arrival: Box<dyn Arrival>) {
-        self.arrival = Some(arrival);
+    pub(super) fn set_observer(&mut self, observer: Box<dyn IncomingObserver>) {
+        self.observer = Some(observer);
     }
 
     /// Takes note of an event that is no page.
@@ -81,10 +81,10 @@ impl Ingest {
         known_zero: impl Fn(&RamBlock) -> bool,
         how: &Placement<'_>,
     ) -> Result<(), Error> {
-        let arrival = self.arrival.take();
-        let placing = Placing::new(memory, announced, known_zero, how, arrival)?;
+        let observer = self.observer.take();
+        let placing = Placing::new(memory, announced, known_zero, how, observer)?;
         // A page that is mapped after it was discarded would be there, as zero, and never requested.
-        if let Some(spawner) = how.map_behind.filter(|_| !how.may_be_postcopy) {
+        if let Some(spawner) = how.map_in_background.filter(|_| !how.may_be_postcopy) {
             self.mapper = Mapper::start(placing.placer(), spawner);
         }
         self.placing = Some(placing);
@@ -102,7 +102,7 @@ impl Ingest {
 
     /// Everything has arrived: returns the source's announcements, with the properties of the sender that the stream
     /// has shown.
-    pub(super) fn all_has_come(&mut self, seen: Seen) -> Option<&Incoming> {
+    pub(super) fn all_received(&mut self, seen: Seen) -> Option<&Incoming> {
         let incoming = self.incoming.as_mut()?;
         incoming.seen = seen;
         Some(incoming)
@@ -155,45 +155,45 @@ impl Ingest {
     /// # Errors
     /// Such a source is refused.
     pub(super) fn relays_postcopy(&self) -> Result<bool, Error> {
-        self.watcher().map_or(Ok(false), |arrival| arrival.relays_postcopy())
+        self.watcher().map_or(Ok(false), |observer| observer.relays_postcopy())
     }
 
-    /// The source has switched to postcopy, at a relay: see [`Arrival::switched`].
+    /// The source has switched to postcopy, at a relay: see [`IncomingObserver::switched`].
     pub(super) fn switched(&mut self, switched: Switched) -> Result<(), Error> {
-        let arrival = self.placing.as_mut().and_then(Placing::arrival);
-        arrival.map_or_else(|| Err(no_blocks("a package")), |arrival| arrival.switched(switched))
+        let observer = self.placing.as_mut().and_then(Placing::observer);
+        observer.map_or_else(|| Err(no_blocks("a package")), |observer| observer.switched(switched))
     }
 
     /// After the switch: what ends each wait for the source.
     pub(super) fn stop(&self) -> Stop {
-        self.watcher().map_or_else(Stop::never, |arrival| arrival.stop())
+        self.watcher().map_or_else(Stop::never, |observer| observer.stop())
     }
 
-    /// After the switch: the last page has arrived; see [`Arrival::all_came`].
+    /// After the switch: the last page has arrived; see [`IncomingObserver::all_came`].
     pub(super) fn all_came(&mut self) -> Result<(), Error> {
-        self.placing.as_mut().and_then(Placing::arrival).map_or(Ok(()), |arrival| arrival.all_came())
+        self.placing.as_mut().and_then(Placing::observer).map_or(Ok(()), |observer| observer.all_came())
     }
 
-    /// After the switch, at a relay: see [`Arrival::settle`].
+    /// After the switch, at a relay: see [`IncomingObserver::settle`].
     pub(super) fn settle(&self) {
-        if let Some(arrival) = self.watcher() {
-            arrival.settle();
+        if let Some(observer) = self.watcher() {
+            observer.settle();
         }
     }
 
     /// After the switch: true once the guest runs at a relay's far end.
     pub(super) fn is_taken(&self) -> bool {
-        self.watcher().is_some_and(|arrival| arrival.is_taken())
+        self.watcher().is_some_and(|observer| observer.is_taken())
     }
 
     /// After the switch: why a relay has ended it.
     pub(super) fn why_ended(&self) -> Option<Error> {
-        self.watcher().and_then(|arrival| arrival.why_ended())
+        self.watcher().and_then(|observer| observer.why_ended())
     }
 
     /// The observer of pages.
-    fn watcher(&self) -> Option<&dyn Arrival> {
-        let here = self.arrival.as_deref();
+    fn watcher(&self) -> Option<&dyn IncomingObserver> {
+        let here = self.observer.as_deref();
         here.or_else(|| self.placing.as_ref().and_then(Placing::watcher))
     }
 
@@ -234,7 +234,7 @@ impl Ingest {
 
     /// An observer sees each page as it arrives.
     pub(super) fn is_watched(&self) -> bool {
-        self.arrival.is_some() || self.placing.as_ref().is_some_and(Placing::is_watched)
+        self.observer.is_some() || self.placing.as_ref().is_some_and(Placing::is_watched)
     }
 
     /// The device state, and the bytes that are kept with it.
@@ -291,13 +291,13 @@ impl Ingest {
 
     /// The migration has ended: ends the mapping thread. Returns the received parts.
     pub(super) fn finish(&mut self) -> Arrived {
-        let mapped_behind = self.mapper.take().map_or(0, Mapper::finish);
+        let mapped_in_background = self.mapper.take().map_or(0, Mapper::finish);
         let placing = self.placing.as_ref();
         Arrived {
             incoming: self.incoming.take(),
             pages: placing.map_or_else(PageCounts::default, Placing::counts),
             by_file: placing.map_or(0, |placing| placing.placer().by_file()),
-            mapped_behind,
+            mapped_in_background,
             scan: placing.and_then(Placing::scan_report),
         }
     }
@@ -382,7 +382,7 @@ mod tests {
         let blocks = memory.table().blocks().to_vec();
         let how = Placement {
             may_be_postcopy: false,
-            map_behind: None,
+            map_in_background: None,
             prints: None,
             fences: false,
             breakage: Breakage::default(),
@@ -390,7 +390,7 @@ mod tests {
         ingest.place_in(memory.clone(), &blocks, |_| true, &how).unwrap();
         ingest.placing().unwrap().pages(BlockIndex(0), BlockOffset(4096), &[9; 4096], &[]).unwrap();
         let arrived = ingest.finish();
-        assert_eq!((arrived.pages.normal, arrived.mapped_behind), (1, 0));
+        assert_eq!((arrived.pages.normal, arrived.mapped_in_background), (1, 0));
         assert!(arrived.incoming.is_some());
         assert_eq!(crate::session::tests::bytes(&memory, 0), [[0; 4096], [9; 4096]].concat());
     }

@@ -52,14 +52,14 @@ impl Keepalive {
                 let stop = Stop::never().within(patience);
                 if let Err(error) = back.message(Message::Native(Answer::Working), &stop) {
                     // The next message of the session gets the same error, and ends the migration.
-                    tracing::warn!(error = %Chain(&error), "the source can't be told that we are at it");
+                    tracing::warn!(error = %Chain(&error), "a keepalive could not be sent to the source");
                     return;
                 }
             }
         };
         let thread = spawner.spawn("ramwire-working", Box::new(say));
         if let Err(error) = &thread {
-            tracing::warn!(%error, "the source is not told that we are at it; it may take us for dead");
+            tracing::warn!(%error, "no keepalives are sent to the source; it may give this end up");
         }
         self.threads.extend(thread.ok());
         Speaking { back, _done: done }
@@ -92,7 +92,7 @@ impl Drop for Speaking {
 impl DestinationSession {
     /// Runs `work`; meanwhile a thread sends WORKING to a ramwire source.
     pub(super) fn with_keepalive<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
-        let tells = self.driver.engine.is_native() && self.told.return_path;
+        let tells = self.driver.engine.is_native() && self.reported.return_path;
         let back = self.wire.back.clone().filter(|_| tells);
         let (spawner, patience) = (&self.settings.spawner, self.settings.stall_timeout);
         let _speaking = back.map(|back| self.keepalive.begin(back, spawner, patience));

@@ -74,7 +74,7 @@ impl Drop for Mapper {
 /// Maps received pages, block after block, until stopped.
 fn follow(placer: &Placer, stop: &Stop, mapped: &AtomicU64) {
     if let Err(error) = only_when_idle() {
-        tracing::debug!(%error, "the mapping thread runs beside the others");
+        tracing::debug!(%error, "the mapping thread runs at normal priority");
     }
     let mut found: Vec<PageBitmap> = placer.unmapped().iter().map(|map| PageBitmap::new(map.len())).collect();
     loop {

@@ -48,7 +48,7 @@ use crate::session::digest::{Digest, carried};
 use crate::session::handle::Canceller;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Error, ErrorKind};
-use counts::SourceTold;
+use counts::SourceReports;
 use driver::Driver;
 use figures::Figures;
 use ingest::Ingest;
@@ -68,7 +68,7 @@ use switch::Switch;
 use wire::Wire;
 
 /// Sees pages as they arrive; a relay's.
-pub(crate) trait Arrival: Send {
+pub(crate) trait IncomingObserver: Send {
     /// The early sections have arrived and pages are next. Called again before each section of pages, which have this
     /// id.
     ///
@@ -152,7 +152,7 @@ pub struct DestinationSession {
     switch: Switch,
     resumption: Resumption,
     /// What the source has reported about itself and about the pages it sent.
-    told: SourceTold,
+    reported: SourceReports,
     figures: Figures,
     keepalive: Keepalive,
     error: Option<Error>,
@@ -176,7 +176,7 @@ impl DestinationSession {
             ingest: Ingest::default(),
             switch: Switch::default(),
             resumption: Resumption::default(),
-            told: SourceTold::default(),
+            reported: SourceReports::default(),
             figures: Figures::new(SharedStatistics::default()),
             error: None,
             breakage: Breakage::default(),
@@ -184,8 +184,8 @@ impl DestinationSession {
     }
 
     /// `arrival` observes pages as they arrive.
-    pub(crate) fn with_arrival(mut self, arrival: Box<dyn Arrival>) -> Self {
-        self.ingest.observed_by(arrival);
+    pub(crate) fn with_incoming_observer(mut self, observer: Box<dyn IncomingObserver>) -> Self {
+        self.ingest.set_observer(observer);
         self
     }
 
@@ -289,7 +289,7 @@ impl DestinationSession {
             return event;
         }
         match () {
-            () if self.switch.outlives_loss(self.may_recover()) => DestinationEvent::Lost,
+            () if self.switch.survives_disconnect(self.may_recover()) => DestinationEvent::Lost,
             () if overdue => DestinationEvent::Woken,
             () if lost => DestinationEvent::Lost,
             () => DestinationEvent::Failed,
@@ -362,23 +362,23 @@ impl DestinationSession {
             }
             DestinationAction::MakeDigest => {
                 let ours = self.with_keepalive(Self::make_digest)?;
-                self.told.digests.made(ours);
+                self.reported.digests.made(ours);
             }
             DestinationAction::CompareDigest => {
                 let memory = self.ingest.memory()?;
-                self.told.digests.compare(memory.table(), self.breakage)?;
+                self.reported.digests.compare(memory.table(), self.breakage)?;
             }
             DestinationAction::LoadState => {
                 // A decompressor reports only at its end that its output was damaged.
-                self.wire.link.stream().ended_well(&self.wire.stop)?;
+                self.wire.link.stream().check_writer(&self.wire.stop)?;
                 self.ingest.lost_memory()?;
-                if let Some(incoming) = self.ingest.all_has_come(*reader.stream.seen()) {
+                if let Some(incoming) = self.ingest.all_received(*reader.stream.seen()) {
                     named("calling MemoryProvider::arrived", || {
                         self.guest.memory.arrived(incoming, self.driver.engine.is_native())
                     });
                 }
                 let framing = reader.stream.seen().framing;
-                let unwraps = !self.settings.state_as_it_came;
+                let unwraps = !self.settings.raw_device_state;
                 self.resumption.loads();
                 let loaded = self.with_keepalive(|session| {
                     let state = session.ingest.state();
@@ -399,7 +399,7 @@ impl DestinationSession {
                 self.check_passed()?;
                 self.wire.stop = Stop::never();
                 // COMMIT may come late, after an outage. Longer than the engine's time, which so ends the wait.
-                self.wire.link.stream().outlast(self.settings.finish_timeout.saturating_mul(2));
+                self.wire.link.stream().tolerate_outage(self.settings.finish_timeout.saturating_mul(2));
                 self.send_message(Message::Native(Answer::Ready))?;
                 if self.breakage.is(Breakage::ResumeBeforeCommit) {
                     let _ = self.guest.control.resume();
@@ -414,12 +414,12 @@ impl DestinationSession {
                 let native = self.driver.engine.is_native();
                 let running = Message::Native(Answer::Running);
                 self.send_message(if native { running } else { Message::Shut { status: 0 } })?;
-                self.await_heard()?;
+                self.await_acknowledgement()?;
             }
             DestinationAction::AwaitMemoryCheck => self.await_memory_check(reader),
             DestinationAction::SendFailed => {
                 // A source that receives it may resume its guest.
-                self.give_up_the_guest();
+                self.give_up_guest();
                 self.send_failed()?;
             }
             DestinationAction::Finish(_) => {}
@@ -434,7 +434,7 @@ impl DestinationSession {
             .map(|i| carried(i.seen.framing, (&i.configuration, &i.vmm_configuration), &i.early_sections))
             .unwrap_or_default();
         let stop = &self.wire.stop;
-        let unsent = self.told.unsent.clone();
+        let unsent = self.reported.unsent.clone();
         Digest::make((&memory, unsent), &carried, self.ingest.state(), &self.settings.spawner, || {
             let stopped = |reason| ChannelError::Stopped { reason, doing: "making the digest" };
             stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
@@ -442,7 +442,7 @@ impl DestinationSession {
     }
 
     pub(super) fn send_message(&mut self, message: Message<'_>) -> Result<(), Error> {
-        if !self.told.return_path {
+        if !self.reported.return_path {
             return Ok(());
         }
         Ok(self.wire.answer(message, self.settings.stall_timeout)?)
@@ -452,7 +452,7 @@ impl DestinationSession {
         // A cancel must not keep us from saying so.
         self.wire.stop = Stop::never();
         let why = self.error.as_ref().map(|error| Chain(error).to_string()).unwrap_or_default();
-        if self.driver.engine.is_native() || self.told.greeted {
+        if self.driver.engine.is_native() || self.reported.greeted {
             return self.send_message(Message::Native(Answer::Refused { why: &why }));
         }
         self.send_message(Message::Shut { status: 1 })

@@ -23,7 +23,7 @@ impl DestinationSession {
     /// [`Incoming::passed`]. A block without memory, and memory without a block, end the migration.
     #[must_use]
     pub fn with_memory(mut self, passed: Vec<PassedBlock>) -> Self {
-        (self.told.passed, self.told.passed_ahead) = (passed, true);
+        (self.reported.passed, self.reported.passed_ahead) = (passed, true);
         self
     }
 
@@ -43,35 +43,35 @@ impl DestinationSession {
 
     /// MEMORY.
     pub(super) fn take_memory(&mut self, block: &str, place: (u64, u64)) -> Result<(), Error> {
-        if !self.told.passes || self.ingest.incoming().is_some() {
+        if !self.reported.passes || self.ingest.incoming().is_some() {
             return Err(out_of_turn("MEMORY", "no memory is passed, or all of it has come"));
         }
         let name = BlockName::new(block)
             .map_err(|_| out_of_turn("MEMORY of a block without a name", "taking memory"))?;
-        if self.told.passed.iter().any(|passed| *passed.name() == name) {
+        if self.reported.passed.iter().any(|passed| *passed.name() == name) {
             return Err(Error::Passed { block: name, why: NotPassed::Announced("twice") });
         }
-        if self.told.passed.len() >= crate::ram::MAX_BLOCKS {
+        if self.reported.passed.len() >= crate::ram::MAX_BLOCKS {
             return Err(out_of_turn("MEMORY of more blocks than there may be", "taking memory"));
         }
         let descriptor = self.wire.link.stream().next_descriptor();
-        self.told.passed.push(PassedBlock::received(name, descriptor, place)?);
+        self.reported.passed.push(PassedBlock::received(name, descriptor, place)?);
         Ok(())
     }
 
     /// The list of blocks is here: no more memory follows.
     pub(super) fn all_was_passed(&mut self, incoming: &Incoming) -> Result<(), Error> {
-        if self.told.passes {
+        if self.reported.passes {
             self.wire.link.stream().want_descriptors(false);
         }
-        if self.told.passed_ahead {
+        if self.reported.passed_ahead {
             check_all(&incoming.passed, &incoming.blocks)?;
         }
         check_announced(&incoming.passed, &incoming.blocks)
     }
 
     /// The provided memory, of which the passed blocks are not written to.
-    pub(super) fn see_passed(
+    pub(super) fn accept_passed(
         &mut self,
         incoming: &Incoming,
         memory: Arc<dyn GuestMemory>,

@@ -14,7 +14,7 @@ use crate::sys::Stop;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
 use super::ingest::Placement;
-use super::{Arrival, Incoming};
+use super::{Incoming, IncomingObserver};
 use crate::session::relay::{ContentScan, ScanReport};
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Error};
@@ -26,7 +26,7 @@ const LOSS_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 pub(super) struct Placing {
     placer: Arc<Placer>,
     writer: PageWriter,
-    arrival: Option<Box<dyn Arrival>>,
+    observer: Option<Box<dyn IncomingObserver>>,
     scratch: Vec<u8>,
     /// Pages that arrived in the stream.
     in_stream: PageCounts,
@@ -48,10 +48,10 @@ impl Placing {
         announced: &[RamBlock],
         known_zero: impl Fn(&RamBlock) -> bool,
         how: &Placement<'_>,
-        mut arrival: Option<Box<dyn Arrival>>,
+        mut observer: Option<Box<dyn IncomingObserver>>,
     ) -> Result<Self, Error> {
         let (may_be_postcopy, breakage) = (how.may_be_postcopy, how.breakage);
-        let watcher = arrival.as_mut().map(|arrival| arrival.watch(&memory));
+        let watcher = observer.as_mut().map(|observer| observer.watch(&memory));
         let mut placer = Placer::new(memory, announced, watcher)?;
         if may_be_postcopy {
             placer.empty()?;
@@ -69,7 +69,7 @@ impl Placing {
         Ok(Self {
             placer,
             writer,
-            arrival,
+            observer,
             scratch,
             in_stream: PageCounts::default(),
             since_fence,
@@ -126,17 +126,17 @@ impl Placing {
 
     /// Called at every section of pages; the watcher takes the first as its beginning.
     pub(super) fn began(&mut self, incoming: &Incoming, section: u32) -> Result<(), Error> {
-        let watcher = self.arrival.as_mut();
-        watcher.map_or(Ok(()), |arrival| arrival.began(incoming, self.placer.memory(), section))
+        let watcher = self.observer.as_mut();
+        watcher.map_or(Ok(()), |observer| observer.began(incoming, self.placer.memory(), section))
     }
 
     /// The observer of pages.
-    pub(super) fn watcher(&self) -> Option<&dyn Arrival> {
-        self.arrival.as_deref()
+    pub(super) fn watcher(&self) -> Option<&dyn IncomingObserver> {
+        self.observer.as_deref()
     }
 
-    pub(super) fn arrival(&mut self) -> Option<&mut Box<dyn Arrival>> {
-        self.arrival.as_mut()
+    pub(super) fn observer(&mut self) -> Option<&mut Box<dyn IncomingObserver>> {
+        self.observer.as_mut()
     }
 
     /// Before each read of the stream.
@@ -181,7 +181,7 @@ impl Placing {
             return Ok(self.writer.write(&self.placer, landing, 0, pages)?);
         }
         self.writer.place(&self.placer, landing, pages)?;
-        self.came_in_stream(landing);
+        self.count_in_stream(landing);
         Ok(())
     }
 
@@ -197,7 +197,7 @@ impl Placing {
         let landing = self.placer.admit(block, offset, self.placer.page_bytes())?;
         self.writer.place_zero(&self.placer, landing)?;
         self.in_stream.zero += 1;
-        self.came_in_stream(landing);
+        self.count_in_stream(landing);
         Ok(())
     }
 
@@ -232,7 +232,7 @@ impl Placing {
     }
 
     /// A page that arrived in the stream was reported when it was placed; a scan's knowledge of it is out of date.
-    fn came_in_stream(&mut self, landing: Landing) {
+    fn count_in_stream(&mut self, landing: Landing) {
         if let Some(since) = &mut self.since_fence {
             since.add(self.placer.run(landing));
         }
@@ -272,22 +272,22 @@ impl Placing {
         self.placer.print(landing, 0, &self.scratch);
         self.placer.commit_delta(landing);
         self.in_stream.delta += 1;
-        self.came_in_stream(landing);
+        self.count_in_stream(landing);
         Ok(())
     }
 
     /// True if an observer sees each page as it arrives.
     pub(super) fn is_watched(&self) -> bool {
-        self.arrival.is_some()
+        self.observer.is_some()
     }
 
     pub(super) fn between_reads(&mut self) -> Result<(), Error> {
-        self.arrival.as_mut().map_or(Ok(()), |arrival| arrival.between_reads())
+        self.observer.as_mut().map_or(Ok(()), |observer| observer.between_reads())
     }
 
     pub(super) fn ram_complete(&mut self) -> Result<(), Error> {
         let scan = self.scan_report().map(|report| report.last);
-        self.arrival.as_mut().map_or(Ok(()), |arrival| arrival.ram_complete(scan))
+        self.observer.as_mut().map_or(Ok(()), |observer| observer.ram_complete(scan))
     }
 }
 

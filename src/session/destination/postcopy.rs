@@ -36,7 +36,7 @@ use crate::session::Error;
 use crate::session::callback::guarded;
 
 /// Interval between two checks whether the last pages have arrived.
-const OWED_CHECK_INTERVAL: Duration = Duration::from_micros(500);
+const EXPECTED_CHECK_INTERVAL: Duration = Duration::from_micros(500);
 
 /// Between two checks whether the source's host has acknowledged an answer.
 pub(super) const ACK_CHECK_INTERVAL: Duration = Duration::from_micros(200);
@@ -131,7 +131,7 @@ impl Shared {
     }
 
     /// True if a loss does not end the migration; see [`Ownership::lost`].
-    pub(super) fn outlives_loss(&self, another: bool) -> bool {
+    pub(super) fn survives_disconnect(&self, another: bool) -> bool {
         !self.load_has_failed() && self.owner.step(|owner| owner.lost(another, !self.native))
     }
 
@@ -223,7 +223,7 @@ pub(super) struct Postcopy {
     loader: Option<JoinHandle<()>>,
     pub(super) preempt: Preempt,
     /// Pages that were discarded at the switchover: each is sent again before the end.
-    owed: PageSet,
+    expected_pages: PageSet,
     /// Another connection exists, and the source has not sent RESUME on it yet.
     pub(super) recovering: bool,
     loaded: Arc<Mutex<Option<Loaded>>>,
@@ -265,19 +265,19 @@ impl Switch {
     ///
     /// # Errors
     /// Some do not arrive.
-    pub(super) fn await_owed(&mut self, stop: &Stop) -> Result<(), Error> {
+    pub(super) fn await_expected_pages(&mut self, stop: &Stop) -> Result<(), Error> {
         let Some(postcopy) = self.running_mut() else { return self.relayed_all() };
         let stop = stop.within(postcopy.shared.send_timeout);
         postcopy.preempt.main_ended();
         loop {
-            let (placer, owed) = (&postcopy.shared.placer, &mut postcopy.owed);
+            let (placer, expected_pages) = (&postcopy.shared.placer, &mut postcopy.expected_pages);
             // Checked once: a page that has arrived stays.
-            let missing = owed.runs().find_map(|run| placer.first_missing(run));
+            let missing = expected_pages.runs().find_map(|run| placer.first_missing(run));
             let Some(page) = missing else {
-                *owed = PageSet::default();
+                *expected_pages = PageSet::default();
                 return Ok(());
             };
-            if !postcopy.preempt.is_expected() || stop.sleep(OWED_CHECK_INTERVAL).is_some() {
+            if !postcopy.preempt.is_expected() || stop.sleep(EXPECTED_CHECK_INTERVAL).is_some() {
                 return Err(never_came(placer, page));
             }
         }
@@ -290,11 +290,11 @@ impl DestinationSession {
         let Some(advised) = self.switch.take_advised() else {
             return Err(out_of_turn("a package", "a migration without ADVISE"));
         };
-        let (faults, package, owed) = advised.into_parts();
+        let (faults, package, expected_pages) = advised.into_parts();
         let Some(faults) = faults else {
             // A source may switch before its first section of pages.
             self.ingest.pages_begin(*stream.seen(), stream.ram_section_id().unwrap_or_default())?;
-            return self.relay_switch(&package, owed);
+            return self.relay_switch(&package, expected_pages);
         };
         let decoded = decode_package(&package)?;
         let Some(back) = self.wire.back.clone() else {
@@ -311,7 +311,7 @@ impl DestinationSession {
         };
         let placer = Arc::clone(placing.placer());
         let (mut placed, mut begun) = (Some(Box::new(placed)), Ok(()));
-        self.wire.link.begin_missing(self.told.spread, &mut || {
+        self.wire.link.begin_missing(self.reported.spread, &mut || {
             if let Some(placed) = placed.take() {
                 begun = placer.serve_missing(Arc::clone(&faults), placed);
             }
@@ -347,7 +347,7 @@ impl DestinationSession {
                 self.switch.next().clone(),
                 self.settings.spawner.clone(),
             ),
-            owed,
+            expected_pages,
             recovering: false,
             loaded: Arc::default(),
             time_to_run: Arc::default(),
@@ -439,7 +439,7 @@ impl DestinationSession {
     }
 
     /// A guest that is not known to be here is not started any more.
-    pub(super) fn give_up_the_guest(&self) {
+    pub(super) fn give_up_guest(&self) {
         if let Some(postcopy) = self.switch.running() {
             postcopy.shared.owner.step(Ownership::give_up);
         }
@@ -447,7 +447,7 @@ impl DestinationSession {
 
     /// Ends the threads; returns the figures of the faults.
     pub(super) fn end_postcopy(&mut self, ending: Ending) -> (Option<MissingPages>, u64) {
-        self.give_up_the_guest();
+        self.give_up_guest();
         if let Err(error) = self.take_control() {
             tracing::warn!(error = %Chain(&error), "the guest's start");
         }

@@ -94,14 +94,14 @@ impl Connections {
     ///
     /// # Errors
     /// No other connection is possible, or the stop.
-    pub(super) fn first_to_speak(
+    pub(super) fn first_with_data(
         &mut self,
         stop: &Stop,
         watch: impl Fn(bool),
     ) -> Result<(StreamChannel, Use), OpenError> {
         loop {
-            if let Some(spoken) = self.spoken() {
-                return Ok(spoken);
+            if let Some(take_ready) = self.take_ready() {
+                return Ok(take_ready);
             }
             watch(!self.silent.is_empty());
             if self.silent.is_empty() {
@@ -126,7 +126,7 @@ impl Connections {
     }
 
     /// The first connection on which bytes have arrived. Closed ones are dropped.
-    fn spoken(&mut self) -> Option<(StreamChannel, Use)> {
+    fn take_ready(&mut self) -> Option<(StreamChannel, Use)> {
         let mut at = 0;
         while let Some(channel) = self.silent.get(at) {
             let mut byte = [0];
@@ -253,7 +253,7 @@ impl Urgent {
     fn run(&mut self, next: &mut Connections, stop: &Stop) -> Result<(), Error> {
         loop {
             let connected = |waits| self.state.connected.store(waits, Ordering::Release);
-            let mut channel = match next.first_to_speak(stop, connected) {
+            let mut channel = match next.first_with_data(stop, connected) {
                 Ok((channel, Use::Urgent)) => channel,
                 Ok((channel, Use::Main)) => {
                     *self.state.early.locked() = Some(channel);

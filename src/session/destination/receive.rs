@@ -13,6 +13,7 @@ use crate::stream::qemu::ram::PAGE_HEAD;
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::Phase;
 use crate::sys::RecvPart;
+use crate::transport::ReadHints;
 
 use super::ingest::Placement;
 use super::reader::StreamReader;
@@ -60,11 +61,10 @@ impl DestinationSession {
                     reader.make_room(needed);
                     // After a switch a relay's source may have sent everything, and waits for the far end.
                     let waits = self.may_hold_its_switchover() || self.switch.relayed().is_some();
-                    let quiet = reader.start == reader.end && waits;
+                    let may_be_silent = reader.start == reader.end && waits;
                     let stop = self.stop_of_read();
                     let source = self.wire.link.stream();
-                    source.set_bulk(bulk);
-                    source.set_quiet(quiet);
+                    source.set_hints(ReadHints { bulk, may_be_silent, ..ReadHints::default() });
                     let got = match source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], &stop)
                     {
                         Ok(got) => got,
@@ -91,7 +91,7 @@ impl DestinationSession {
     fn stream_ended(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
         let inside = if self.ingest.placed().is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
-        let waits_for_us = self.driver.engine.is_native() || self.told.return_path;
+        let waits_for_us = self.driver.engine.is_native() || self.reported.return_path;
         if waits_for_us || !self.settings.accept_missing_description {
             return Err(truncated);
         }
@@ -117,7 +117,7 @@ impl DestinationSession {
                 self.ingest.placing()?.compressed(block, offset, bytes)?
             }
             Event::Xbzrle { block, offset, bytes } => self.ingest.placing()?.delta(block, offset, bytes)?,
-            Event::Configuration(configuration) => self.told.configuration = Some(configuration),
+            Event::Configuration(configuration) => self.reported.configuration = Some(configuration),
             Event::Blocks(blocks) => self.blocks(&blocks)?,
             Event::Command(command) => return self.command(command),
             Event::SectionStart { kind: SectionKind::Ram, phase: phase @ (Phase::Part | Phase::End), id } => {
@@ -155,24 +155,24 @@ impl DestinationSession {
             return Ok(());
         }
         let incoming = Incoming {
-            configuration: self.told.configuration.clone().unwrap_or_default(),
+            configuration: self.reported.configuration.clone().unwrap_or_default(),
             blocks: announced.iter().map(described).collect(),
-            vmm_configuration: std::mem::take(&mut self.told.vmm_configuration),
-            passed: std::mem::take(&mut self.told.passed),
+            vmm_configuration: std::mem::take(&mut self.reported.vmm_configuration),
+            passed: std::mem::take(&mut self.reported.passed),
             // The sections before the list.
             early_sections: self.ingest.take_state(),
-            has_return_path: self.told.return_path && self.wire.back.is_some(),
+            has_return_path: self.reported.return_path && self.wire.back.is_some(),
             seen: Seen::default(),
         };
         self.all_was_passed(&incoming)?;
         let memory = named("calling MemoryProvider::provide", || self.guest.memory.provide(&incoming))?;
         self.switch.check_host_pages(memory.table())?;
         shared_blocks::check(&incoming, memory.table())?;
-        let memory = self.see_passed(&incoming, memory)?;
+        let memory = self.accept_passed(&incoming, memory)?;
         let how = Placement {
             may_be_postcopy: self.switch.serves_here() || self.wire.link.abilities().on_demand,
-            map_behind: self.settings.map_behind.then_some(&self.settings.spawner),
-            prints: self.told.compared.begin(memory.table(), self.told.migration_id),
+            map_in_background: self.settings.map_in_background.then_some(&self.settings.spawner),
+            prints: self.reported.compared.begin(memory.table(), self.reported.migration_id),
             fences: self.resumption.is_agreed(),
             breakage: self.breakage,
         };
@@ -205,7 +205,7 @@ impl DestinationSession {
         self.ingest.stop_mapping();
         self.refuse_unread_channels()?;
         self.last_scan()?;
-        self.switch.await_owed(&self.wire.stop)?;
+        self.switch.await_expected_pages(&self.wire.stop)?;
         self.figures.ram_complete();
         // After a switch the guest is handed over already.
         if self.switch.relayed().is_some() { Ok(()) } else { self.ingest.ram_complete() }
@@ -213,15 +213,15 @@ impl DestinationSession {
 
     fn command(&mut self, command: Command<'_>) -> Result<Option<DestinationEvent>, Error> {
         match command {
-            Command::OpenReturnPath => self.told.return_path = true,
-            Command::Ping(_) if !self.told.return_path => {
+            Command::OpenReturnPath => self.reported.return_path = true,
+            Command::Ping(_) if !self.reported.return_path => {
                 return Err(out_of_turn("PING", "a stream without a return path"));
             }
             Command::Ping(value) => {
                 self.send_message(Message::Pong(value))?;
-                self.told.ping(value);
+                self.reported.ping(value);
                 if value == GREETING {
-                    self.told.greeted = true;
+                    self.reported.greeted = true;
                     self.send_message(Message::Pong(hello_pong(MAX_VERSION)))?;
                 }
             }
@@ -229,7 +229,7 @@ impl DestinationSession {
             // postcopy, it is paused there, and on a QEMU 7.2 until an operator continues it. Without a return path no
             // source can switch.
             Command::PostcopyAdvise { host_pages, .. }
-                if self.told.return_path && self.wire.back.is_some() =>
+                if self.reported.return_path && self.wire.back.is_some() =>
             {
                 if !self.settings.postcopy {
                     return Err(no_postcopy());
@@ -263,7 +263,8 @@ impl DestinationSession {
                     return Err(Error::Config {
                         what: "the source sends urgent pages on a connection of their own, and none can come here".into(),
                         remedy: Remedy::Advice(
-                            "say where it comes from (DestinationSession::with_next_connection), or let the source send them \
+                            "set where it comes from (DestinationSession::with_next_connection), or let the \
+                            source send them \
                              with the others",
                         ),
                     });
@@ -271,15 +272,15 @@ impl DestinationSession {
                 let passes = theirs.passes && self.takes_memory();
                 let secret = self.agree_on_resumption(&Hello { passes, ..theirs });
                 let answer = Hello { min_version: version, max_version: version, passes, secret, ..theirs };
-                self.told.migration_id = Some(theirs.migration_id);
-                (self.told.passes, self.told.spread) = (passes, theirs.spread);
+                self.reported.migration_id = Some(theirs.migration_id);
+                (self.reported.passes, self.reported.spread) = (passes, theirs.spread);
                 self.send_message(Message::Native(Answer::Hello(answer)))?;
-                self.told.compared.agree(theirs.fingerprints);
+                self.reported.compared.agree(theirs.fingerprints);
                 let Hello { digest, fingerprints: memory_check, .. } = theirs;
                 Ok(Some(DestinationEvent::Hello { digest, memory_check }))
             }
             Order::VmmConfiguration { .. }
-                if self.ingest.incoming().is_some() || self.told.migration_id.is_none() =>
+                if self.ingest.incoming().is_some() || self.reported.migration_id.is_none() =>
             {
                 Err(out_of_turn("VMM_CONFIGURATION", "a ramwire's list of RAM blocks has not come"))
             }
@@ -308,10 +309,10 @@ impl DestinationSession {
             Order::Unsent { block, why, ranges } => self.not_sent(block, why, ranges).map(|()| None),
             Order::Digest { first, values } => {
                 let memory = self.ingest.memory()?;
-                let whole = self.told.digests.take(first, values, memory.table())?;
+                let whole = self.reported.digests.take(first, values, memory.table())?;
                 Ok(whole.then_some(DestinationEvent::Digests))
             }
-            Order::Commit { migration_id } if self.told.migration_id == Some(migration_id) => {
+            Order::Commit { migration_id } if self.reported.migration_id == Some(migration_id) => {
                 Ok(Some(DestinationEvent::Commit))
             }
             Order::Commit { .. } => Err(out_of_turn("COMMIT of another migration", "waiting for ours")),
@@ -322,10 +323,10 @@ impl DestinationSession {
 impl DestinationSession {
     /// The data of the source's VMM arrives in parts.
     fn vmm_configuration(&mut self, part: &[u8]) -> Result<(), Error> {
-        if (self.told.vmm_configuration.len() + part.len()) as u64 > self.settings.max_state {
+        if (self.reported.vmm_configuration.len() + part.len()) as u64 > self.settings.max_state {
             return Err(out_of_turn("more VMM configuration than is accepted", "a greeting"));
         }
-        self.told.vmm_configuration.extend_from_slice(part);
+        self.reported.vmm_configuration.extend_from_slice(part);
         Ok(())
     }
 }

@@ -50,7 +50,7 @@ impl DestinationSession {
     ///
     /// # Errors
     /// The connection was lost with it.
-    pub(super) fn await_heard(&mut self) -> Result<(), Error> {
+    pub(super) fn await_acknowledgement(&mut self) -> Result<(), Error> {
         let may_recover = self.may_recover();
         let back = match self.switch.running().filter(|_| may_recover) {
             Some(postcopy) => Some(postcopy.shared.back.clone()),
@@ -109,7 +109,7 @@ impl DestinationSession {
                 Ok(early)
             }
             (None, Some(mut connections)) => {
-                let connected = connections.first_to_speak(&stop, |_| {});
+                let connected = connections.first_with_data(&stop, |_| {});
                 // After a failure a second call would return the same.
                 next.put(Some(connections).filter(|_| connected.is_ok()));
                 match connected {
@@ -134,14 +134,15 @@ impl DestinationSession {
                     },
                     remedy: Remedy::Advice(match is_here {
                         true if is_whole => {
-                            "the guest runs here, whole, and its source does not know: release what it keeps there"
+                            "the guest runs here with all its memory, and its source was not informed: release \
+                            its memory there"
                         }
                         true => {
-                            "the guest runs here and waits for ever where it touches a page that is missing"
+                            "the guest runs here, and waits forever where it touches a page that is missing"
                         }
                         false => {
-                            "the guest was not started here, and all of it is at its source: see there whether it runs, \
-                             and resume it if it does not"
+                            "the guest was not started here, and all of it is at its source: check whether it \
+                            runs there, and resume it if it does not"
                         }
                     }),
                 });

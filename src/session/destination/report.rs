@@ -26,7 +26,7 @@ pub struct DestinationReport {
     /// process takes a fault at each when it first touches them.
     pub pages_by_file: u64,
     /// Of them, those that were mapped since, by an otherwise idle thread.
-    pub pages_mapped_behind: u64,
+    pub pages_mapped_in_background: u64,
     /// Bytes that arrived, in the stream and on page channels; not those that a NIC wrote.
     pub bytes: u64,
     /// A digest, or fingerprints of all pages, were compared before the guest was handed over, and found equal.
@@ -65,18 +65,18 @@ impl DestinationSession {
         };
         let statistics = self.figures.shared();
         self.figures.end(ending == Ending::Running);
-        quietly("telling of the end", || statistics.update(told));
-        quietly("telling of the end", || statistics.cleaned_up());
+        quietly("reporting the end", || statistics.update(told));
+        quietly("reporting the end", || statistics.cleaned_up());
         DestinationReport {
             ending,
             error: self.error,
             pages: arrived.pages,
             pages_by_file: arrived.by_file,
-            pages_mapped_behind: arrived.mapped_behind,
+            pages_mapped_in_background: arrived.mapped_in_background,
             incoming: arrived.incoming,
             bytes,
-            verified: self.told.digests.verified() || self.told.compared.verified(),
-            memory_check: self.told.compared.check.take(),
+            verified: self.reported.digests.verified() || self.reported.compared.verified(),
+            memory_check: self.reported.compared.check.take(),
             native: self.driver.engine.is_native(),
             scan: arrived.scan,
             missing_pages,

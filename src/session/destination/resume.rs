@@ -63,7 +63,7 @@ impl Further for Accepts {
             let Some(mut connections) = self.0.take() else {
                 return Err(OpenError::OnlyOne { address: "the source's connection".into() });
             };
-            let spoken = connections.first_to_speak(stop, |_| {});
+            let spoken = connections.first_with_data(stop, |_| {});
             self.0.put(Some(connections));
             let (channel, Use::Main) = spoken? else { continue };
             if let (source, Some(back)) = channel.with_return_path() {
@@ -319,7 +319,7 @@ impl DestinationSession {
             return Err(error);
         }
         self.ingest.forget_switchover(self.breakage)?;
-        self.told.forget_switchover();
+        self.reported.forget_switchover();
         self.figures.ram_continues();
         Ok(())
     }

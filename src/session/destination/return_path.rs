@@ -38,7 +38,7 @@ impl ReturnPathWriter {
 
     /// Bytes that the source's host has not acknowledged.
     pub(super) fn unacknowledged(&self) -> u64 {
-        self.lock().sink.as_ref().map_or(0, |sink| sink.under_way())
+        self.lock().sink.as_ref().map_or(0, |sink| sink.unacknowledged())
     }
 
     pub(super) fn write(&self, bytes: &[u8], stop: &Stop) -> Result<(), ChannelError> {

@@ -54,7 +54,7 @@ impl DestinationSession {
             return Err(out_of_turn("the mark of a round", "a stream that has none"));
         }
         let round = self.wire.link.receive_round(&self.wire.stop)?;
-        self.told.zero_in_rounds += round.zero_bytes;
+        self.reported.zero_in_rounds += round.zero_bytes;
         let placing = self.ingest.placing()?;
         let page = placing.memory().table().page().bytes();
         placing.placer().count_zero(round.zero_bytes / page);
@@ -80,7 +80,7 @@ impl DestinationSession {
         if self.wire.link.abilities().page_channels == 0 {
             return Err(no_channels_here());
         }
-        if (self.switch.is_running() || self.switch.relayed().is_some()) && !self.told.spread {
+        if (self.switch.is_running() || self.switch.relayed().is_some()) && !self.reported.spread {
             return Err(out_of_turn("a barrier of page channels", "waiting for missing pages"));
         }
         if !self.breakage.is(Breakage::SkipBarrier) {

@@ -17,8 +17,8 @@ impl DestinationSession {
         let registered = self.wire.link.abilities().has_rounds;
         let placer = Arc::clone(self.ingest.placing()?.placer());
         let table = placer.memory().table();
-        if self.told.unsent.is_empty() {
-            self.told.unsent = PageSet::new(table);
+        if self.reported.unsent.is_empty() {
+            self.reported.unsent = PageSet::new(table);
         }
         for Range { first, pages } in Range::decode_all(ranges) {
             let refused =
@@ -27,7 +27,7 @@ impl DestinationSession {
             let found = found.map_err(|error| refused(Chain(&error).to_string()))?;
             let landing = found.ok_or_else(|| refused(format!("{pages} pages from page {first} on")))?;
             let run = landing.run(table.page());
-            self.told.unsent.add(run);
+            self.reported.unsent.add(run);
             // An observer has copied the received pages, and uses its copy.
             if why == Unsent::Free || placer.observer().is_some() {
                 continue;

@@ -124,8 +124,8 @@ impl Switch {
 
     /// A step or the connection failed. True if the received state is kept, since the guest runs here although pages
     /// are missing, or may have been handed over. `another`: the source may connect again.
-    pub(super) fn outlives_loss(&self, another: bool) -> bool {
-        self.running.as_ref().is_some_and(|postcopy| postcopy.shared.outlives_loss(another))
+    pub(super) fn survives_disconnect(&self, another: bool) -> bool {
+        self.running.as_ref().is_some_and(|postcopy| postcopy.shared.survives_disconnect(another))
     }
 
     /// A cancel does not end a guest that the source has handed over; the failure of a postcopy's thread does.
@@ -168,7 +168,7 @@ mod tests {
         assert!(switch.package_bytes(b"devices", 100).is_err());
         let refused = discard(&mut switch, &placer(), &[(0, PAGE)]).unwrap_err();
         assert!(refused.contains("without ADVISE"), "{refused}");
-        assert!(!switch.may_recover() && !switch.outlives_loss(true));
+        assert!(!switch.may_recover() && !switch.survives_disconnect(true));
         assert!(switch.stop_after_commit().reason().is_none());
     }
 
@@ -194,9 +194,9 @@ mod tests {
         for wrong in [(1, PAGE), (0, PAGE + 1), (0, 0), (3 * PAGE, PAGE)] {
             discard(&mut switch, &placer, &[wrong]).unwrap_err();
         }
-        let (_faults, package, owed) = switch.take_advised().unwrap().into_parts();
+        let (_faults, package, expected_pages) = switch.take_advised().unwrap().into_parts();
         assert_eq!(package, [[1; 60].as_slice(), &[3; 40]].concat());
-        let runs: Vec<_> = owed.runs().map(|run| (run.block, run.first, run.pages)).collect();
+        let runs: Vec<_> = expected_pages.runs().map(|run| (run.block, run.first, run.pages)).collect();
         assert_eq!(runs, [(BlockIndex(0), PageIndex(0), 1), (BlockIndex(0), PageIndex(2), 1)]);
     }
 

@@ -96,7 +96,7 @@ pub(super) fn checked(regions: &[HandedRegion], stored: u64) -> Result<(), Hande
             return refuse(
                 "offset",
                 offset,
-                format!("and {len} bytes from there on end behind the {stored} that are stored"),
+                format!("and {len} bytes from there on end beyond the {stored} that are stored"),
             );
         }
         if let Some(other) = ranges.iter().position(|(start, stop)| address < *stop && *start < end) {
@@ -111,7 +111,7 @@ struct Region {
     range: Range<usize>,
     page: PageSize,
     /// Pages that were placed, are zero, or were freed.
-    come: AtomicBitmap,
+    received: AtomicBitmap,
 }
 
 /// The memory, as used by the threads that fill it.
@@ -144,7 +144,7 @@ impl HandedPages {
         let region = |region: &HandedRegion| Region {
             range: region.address as usize..(region.address + region.len) as usize,
             page: PageSize::from_bytes(region.page).unwrap_or(PAGE),
-            come: AtomicBitmap::new(region.len / PAGE.bytes()),
+            received: AtomicBitmap::new(region.len / PAGE.bytes()),
         };
         let regions = regions.iter().map(region).collect();
         Ok(Self { faults, regions, turn: Mutex::default(), left, ready })
@@ -153,7 +153,7 @@ impl HandedPages {
     /// These are zero.
     pub(super) fn mark(&self, run: PageRun) {
         if let Some(region) = self.regions.get(run.block.as_usize()) {
-            region.come.set(run.first, run.pages);
+            region.received.set(run.first, run.pages);
         }
     }
 
@@ -173,7 +173,7 @@ impl HandedPages {
             if start < end {
                 let first = (start - region.range.start) as u64 / PAGE.bytes();
                 let stop = ((end - region.range.start) as u64).div_ceil(PAGE.bytes());
-                region.come.set(PageIndex(first), stop - first);
+                region.received.set(PageIndex(first), stop - first);
             }
         }
     }
@@ -212,12 +212,12 @@ impl HandedPages {
     fn place_some(&self, run: PageRun, bytes: &[u8]) -> Result<u64, PlaceError> {
         let Some((region, address)) = self.address(run) else { return Ok(run.pages) };
         let host = region.page.bytes() / PAGE.bytes();
-        let has_come = |at: u64| region.come.get(PageIndex(run.first.0 + at));
+        let is_received = |at: u64| region.received.get(PageIndex(run.first.0 + at));
         let mut faults = self.turn.locked();
-        if has_come(0) {
+        if is_received(0) {
             return Ok(host);
         }
-        let pages = (0..run.pages).step_by(host as usize).find(|at| has_come(*at)).unwrap_or(run.pages);
+        let pages = (0..run.pages).step_by(host as usize).find(|at| is_received(*at)).unwrap_or(run.pages);
         let len = (pages * PAGE.bytes()) as usize;
         let placed = self.faults.place(address, bytes.get(..len).unwrap_or(bytes));
         let done = match placed.map_err(|error| PlaceError::Failed(error.to_string()))? {
@@ -232,7 +232,7 @@ impl HandedPages {
             }
             Placement::Gone => return Err(PlaceError::Gone),
         };
-        region.come.set(run.first, done);
+        region.received.set(run.first, done);
         Ok(done)
     }
 }
@@ -251,8 +251,8 @@ impl PagedMemory for HandedPages {
         self.read_fault()
     }
 
-    fn has_come(&self, page: PageRun) -> bool {
-        self.regions.get(page.block.as_usize()).is_none_or(|region| region.come.get(page.first))
+    fn is_received(&self, page: PageRun) -> bool {
+        self.regions.get(page.block.as_usize()).is_none_or(|region| region.received.get(page.first))
     }
 
     fn place(&self, run: PageRun, bytes: &[u8]) -> Result<(), PlaceError> {
@@ -333,8 +333,8 @@ mod tests {
             (with(|r| r.address = 0), "where no process"),
             (with(|r| r.address = u64::MAX - 0xfff), "where no process"),
             (with(|r| r.offset = 12), "offset is 0xc"),
-            (with(|r| r.offset = 5 << 20), "end behind the 8388608"),
-            (with(|r| r.offset = u64::MAX - 0xfff), "end behind the 8388608"),
+            (with(|r| r.offset = 5 << 20), "end beyond the 8388608"),
+            (with(|r| r.offset = u64::MAX - 0xfff), "end beyond the 8388608"),
             (vec![good.clone(), good.clone()], "region 1 of the memory"),
             (vec![HandedRegion { address: huge.address + 4096, ..huge.clone() }], "inside a page of 2097152"),
         ] {

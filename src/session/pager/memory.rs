@@ -41,7 +41,7 @@ pub(in crate::session) trait PagedMemory: Send + Sync {
     fn next_fault(&self) -> Result<Option<PageRun>, PlaceError>;
 
     /// True if the page has been placed, or is zero and was never missing.
-    fn has_come(&self, page: PageRun) -> bool;
+    fn is_received(&self, page: PageRun) -> bool;
 
     /// Places those of the host pages that have not been placed, and wakes the threads that wait for them.
     ///
@@ -93,7 +93,7 @@ impl PagedMemory for GuestPages {
         }
     }
 
-    fn has_come(&self, page: PageRun) -> bool {
+    fn is_received(&self, page: PageRun) -> bool {
         self.placer.first_missing(page).is_none()
     }
 

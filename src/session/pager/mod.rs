@@ -30,8 +30,8 @@ const PLACE: u64 = 64 << 10;
 /// lost.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the page at {offset:#x} of RAM block {block} could not be had from {file} ({why}); who touches it waits; mend what \
-     keeps it from being read, then try again"
+    "the page at {offset:#x} of RAM block {block} could not be had from {file} ({why}); threads that touch it \
+    wait; remove what keeps it from being read, then try again"
 )]
 #[non_exhaustive]
 pub struct PageFailure {
@@ -151,7 +151,7 @@ impl Filling {
 
     fn serve(&self, page: PageRun, buffer: &mut Vec<u8>) {
         let now = self.began.elapsed();
-        let answer = self.state().fill.fault(now, page, || self.memory.has_come(page));
+        let answer = self.state().fill.fault(now, page, || self.memory.is_received(page));
         match answer {
             FaultAnswer::Received => {
                 if let Err(error) = self.memory.answer_received(page) {

@@ -120,8 +120,8 @@ impl ContentScan {
         let (count, pages) = (chunks.len(), chunks.iter().map(|chunk| chunk.run.pages).sum::<u64>());
         let (memory, watcher, secret) =
             (Arc::clone(&self.memory), Arc::clone(&self.watcher), Arc::clone(&self.secret));
-        let look = move |item: usize| chunks[item].look(&*memory, &secret, &*watcher);
-        let found = spawner.map_watched("ramwire-scan", count, look, || {
+        let scan_chunk = move |item: usize| chunks[item].scan_chunk(&*memory, &secret, &*watcher);
+        let found = spawner.map_watched("ramwire-scan", count, scan_chunk, || {
             let stopped = |reason| ChannelError::Stopped { reason, doing: "looking for what a NIC wrote" };
             stop.reason().map_or(Ok(()), |reason| Err(stopped(reason).into()))
         })?;
@@ -148,7 +148,7 @@ impl Chunk {
     }
 
     /// Computes the fingerprints again; returns how many pages changed.
-    fn look(
+    fn scan_chunk(
         &self,
         memory: &dyn GuestMemory,
         secret: &[u8],
@@ -235,35 +235,35 @@ mod tests {
         let told = Arc::new(Told::default());
         let mut scan = ContentScan::new(Arc::clone(&guest) as _, Arc::clone(&told) as _);
         let (spawner, stop) = (Spawner::default(), Stop::on(&CancelToken::default()));
-        let look = |scan: &mut ContentScan| {
+        let scan_chunk = |scan: &mut ContentScan| {
             scan.scan(&spawner, &stop).unwrap();
             told.take()
         };
-        assert_eq!(look(&mut scan), []);
+        assert_eq!(scan_chunk(&mut scan), []);
         // All of a new chunk is reported, including zero pages; announcing it again changes nothing.
         for chunk in [run(0, 256, 256), run(0, 512, 88), run(0, 256, 256), run(1, 0, 3)] {
             scan.open(chunk);
         }
-        assert_eq!(look(&mut scan), [(0, 256, 256), (0, 512, 88), (1, 0, 3)]);
-        assert_eq!(look(&mut scan), []);
+        assert_eq!(scan_chunk(&mut scan), [(0, 256, 256), (0, 512, 88), (1, 0, 3)]);
+        assert_eq!(scan_chunk(&mut scan), []);
         // One byte anywhere in a page; pages that the source may not write to don't count.
         for (block, page, at) in
             [(0, 255, 0), (0, 256, 0), (0, 257, 4095), (0, 511, 9), (0, 599, 4095), (1, 2, 1)]
         {
             write(block, page, at, 1);
         }
-        assert_eq!(look(&mut scan), [(0, 256, 2), (0, 511, 1), (0, 599, 1), (1, 2, 1)]);
+        assert_eq!(scan_chunk(&mut scan), [(0, 256, 2), (0, 511, 1), (0, 599, 1), (1, 2, 1)]);
         // To zero again, and two bytes that are swapped.
         write(0, 256, 0, 0);
         for (at, byte) in [(4095, 0), (4094, 1)] {
             write(0, 257, at, byte);
         }
-        assert_eq!(look(&mut scan), [(0, 256, 2)]);
+        assert_eq!(scan_chunk(&mut scan), [(0, 256, 2)]);
         // A page that was received in the stream is reported again, whatever its content.
         for (block, page) in [(0, 300), (0, 599), (0, 10), (1, 2)] {
             scan.forget(BlockIndex(block), PageIndex(page));
         }
-        assert_eq!(look(&mut scan), [(0, 300, 1), (0, 599, 1), (1, 2, 1)]);
+        assert_eq!(scan_chunk(&mut scan), [(0, 300, 1), (0, 599, 1), (1, 2, 1)]);
         let report = scan.report();
         assert_eq!((report.scans, report.pages, report.memory), (6, 5 * 347, 347 * 16));
         assert_eq!(report.found, 347 + 5 + 2 + 3);

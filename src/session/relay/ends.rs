@@ -11,13 +11,13 @@ use crate::engine::{FarEnd, Handover, Outcome, PostcopyRule, RelayAction, RelayE
 use crate::error::Remedy;
 use crate::guest::{DeviceState, DirtySource, GuestControl, GuestMemory, PageObserver};
 use crate::observe::SharedStatistics;
-use crate::session::destination::{Arrival, Incoming, Switched};
+use crate::session::destination::{Incoming, IncomingObserver, Switched};
 use crate::session::source::{News, SourceGuest, SourceReport, SourceSession, Upstream};
 use crate::session::{Error, PostcopySettings, SourceSettings};
 use crate::sys::{CancelToken, Lock as _, SendPart, Stop, duplicate};
 use crate::transport::{ByteSink, ChannelError};
 
-use super::forward::Arrivals;
+use super::forward::ForwardedPages;
 use super::hub::{Hub, Inner};
 use super::postcopy::{FarSwitch, Settled, SwitchedSource, why_ended};
 use super::{ConnectFn, Notice, NoticeFn};
@@ -26,7 +26,7 @@ use super::{ConnectFn, Notice, NoticeFn};
 const FIGURES_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Pages that may arrive between two checks: 256 KiB of small ones.
-const PAGES_A_LOOK: u64 = 64;
+const MEASURE_PAGES: u64 = 64;
 
 /// Interval between two checks for a cancel and of the source's connection, while waiting for the other side.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -55,7 +55,7 @@ pub(super) struct Middle {
     pub(super) left: SharedStatistics,
     pub(super) began: Instant,
     pub(super) ram_complete: Arc<Mutex<Option<Duration>>>,
-    pub(super) arrivals: Option<Arc<Arrivals>>,
+    pub(super) forwarded: Option<Arc<ForwardedPages>>,
     pub(super) meter: Option<Meter>,
     /// The source has a connection for urgent pages, which nobody here reads.
     pub(super) urgent_came: bool,
@@ -67,11 +67,11 @@ pub(super) struct Middle {
 
 /// Measures the pages that wait to be sent on.
 pub(super) struct Meter {
-    arrivals: Arc<Arrivals>,
+    forwarded: Arc<ForwardedPages>,
     came: SharedStatistics,
     left: SharedStatistics,
     page_bytes: u64,
-    looked: Instant,
+    measured_at: Instant,
     waiting: u64,
     /// The source has a return path.
     source_can_be_told: bool,
@@ -80,12 +80,13 @@ pub(super) struct Meter {
 impl Meter {
     /// True if enough has changed since the last check.
     fn is_due(&self) -> bool {
-        self.looked.elapsed() >= FIGURES_INTERVAL || self.arrivals.pending() >= self.waiting + PAGES_A_LOOK
+        self.measured_at.elapsed() >= FIGURES_INTERVAL
+            || self.forwarded.pending() >= self.waiting + MEASURE_PAGES
     }
 
-    fn look(&mut self, queued: u64) -> Traffic {
-        self.looked = Instant::now();
-        self.waiting = self.arrivals.pending();
+    fn measure(&mut self, queued: u64) -> Traffic {
+        self.measured_at = Instant::now();
+        self.waiting = self.forwarded.pending();
         let whole_came = self.came.read(|s| s.pages.normal + s.pages.delta);
         self.left.read(|s| Traffic {
             page_bytes: self.page_bytes,
@@ -104,8 +105,8 @@ impl Middle {
         memory: &Arc<dyn GuestMemory>,
         section: u32,
     ) -> Result<(), Error> {
-        let (Some(connect), Some(mut settings), Some(give), Some(arrivals)) =
-            (self.connect.take(), self.outgoing.take(), self.give.take(), self.arrivals.clone())
+        let (Some(connect), Some(mut settings), Some(give), Some(forwarded)) =
+            (self.connect.take(), self.outgoing.take(), self.give.take(), self.forwarded.clone())
         else {
             return Ok(());
         };
@@ -123,24 +124,24 @@ impl Middle {
         let descriptor = connection.back.as_ref().and_then(|back| back.descriptor());
         self.hub.far_end_connects(descriptor.and_then(|descriptor| duplicate(&descriptor).ok()));
         self.meter = Some(Meter {
-            arrivals: Arc::clone(&arrivals),
+            forwarded: Arc::clone(&forwarded),
             came: self.came.clone(),
             left: self.left.clone(),
             page_bytes: memory.table().page().bytes(),
-            looked: Instant::now(),
+            measured_at: Instant::now(),
             waiting: 0,
             source_can_be_told: incoming.has_return_path,
         });
         let guest = SourceGuest {
             memory: Arc::clone(memory),
-            dirty: vec![Arc::clone(&arrivals) as Arc<dyn DirtySource>],
+            dirty: vec![Arc::clone(&forwarded) as Arc<dyn DirtySource>],
             control: Box::new(StateOfSource(Arc::clone(&self.hub))),
         };
         let spawner = settings.spawner.clone();
         let session = SourceSession::new(guest, connection, settings)
             .with_upstream(Box::new(FarSide {
                 hub: Arc::clone(&self.hub),
-                arrivals,
+                forwarded,
                 memory: Arc::clone(memory),
                 finish_timeout,
             }))
@@ -184,7 +185,7 @@ impl Drop for FarSideEnds {
     }
 }
 
-impl Arrival for Middle {
+impl IncomingObserver for Middle {
     fn began(
         &mut self,
         incoming: &Incoming,
@@ -195,9 +196,9 @@ impl Arrival for Middle {
     }
 
     fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver> {
-        let arrivals = Arc::new(Arrivals::new(memory.table()));
-        self.arrivals = Some(Arc::clone(&arrivals));
-        arrivals
+        let forwarded = Arc::new(ForwardedPages::new(memory.table()));
+        self.forwarded = Some(Arc::clone(&forwarded));
+        forwarded
     }
 
     /// Stops reading from the source while the far end's backlog is too long.
@@ -211,7 +212,7 @@ impl Arrival for Middle {
             return Ok(());
         }
         loop {
-            self.hub.post_quietly(RelayEvent::Moved(meter.look(self.hub.queued())));
+            self.hub.post_quietly(RelayEvent::Moved(meter.measure(self.hub.queued())));
             let mut inner = self.hub.lock();
             if inner.has(RelayAction::TellFailed) && meter.source_can_be_told {
                 return Err(Error::PeerFailed { why: format!("the far end of the relay: {}", inner.why()) });
@@ -222,7 +223,7 @@ impl Arrival for Middle {
             let held_back = inner.held_back;
             drop(inner);
             if held_back || meter.waiting >= WORTH_A_ROUND {
-                self.hub.nudge();
+                self.hub.notify();
             }
             if !held_back {
                 return Ok(());
@@ -249,8 +250,8 @@ impl Arrival for Middle {
 
     fn switched(&mut self, switched: Switched) -> Result<(), Error> {
         self.switched = true;
-        if let Some(arrivals) = &self.arrivals {
-            arrivals.switch();
+        if let Some(forwarded) = &self.forwarded {
+            forwarded.switch();
         }
         SwitchedSource(&self.hub).hand_on(switched)
     }
@@ -293,7 +294,7 @@ fn no_urgent_channel() -> Error {
 /// are sent while further ones still arrive.
 struct FarSide {
     hub: Arc<Hub>,
-    arrivals: Arc<Arrivals>,
+    forwarded: Arc<ForwardedPages>,
     memory: Arc<dyn GuestMemory>,
     finish_timeout: Duration,
 }
@@ -301,7 +302,7 @@ struct FarSide {
 impl Upstream for FarSide {
     fn wait(&mut self, time: Duration) -> Result<News, Error> {
         let inner = self.hub.wait(time, |inner| {
-            let pending = self.arrivals.pending();
+            let pending = self.forwarded.pending();
             inner.has(RelayAction::SendLastRound)
                 || inner.has(RelayAction::SendSwitch)
                 || inner.has(RelayAction::Abandon)
@@ -317,11 +318,12 @@ impl Upstream for FarSide {
             return Ok(News::Stopped);
         }
         let table = self.memory.table();
-        let begun = switched.then(|| FarSwitch::begin(&self.hub, &self.arrivals, table, self.finish_timeout));
+        let begun =
+            switched.then(|| FarSwitch::begin(&self.hub, &self.forwarded, table, self.finish_timeout));
         Ok(begun.flatten().map_or(News::None, |behind| News::Switched(Box::new(behind))))
     }
 
-    fn wait_given(&mut self, handover: Handover, time: Duration) -> Result<bool, Error> {
+    fn wait_for_ownership(&mut self, handover: Handover, time: Duration) -> Result<bool, Error> {
         if !self.hub.lock().far_is_ready {
             self.hub.far_end_takes(handover);
             self.hub.post(RelayEvent::FarReady);
@@ -339,7 +341,7 @@ impl Upstream for FarSide {
         self.hub.post(RelayEvent::FarSilent);
     }
 
-    fn goes_on_listening(&mut self) -> bool {
+    fn still_listens(&mut self) -> bool {
         !self.hub.lock().has(RelayAction::Abandon)
     }
 }
@@ -464,26 +466,26 @@ impl DeviceState for SourceSide {
 }
 
 /// The sink for messages to the source, until no more may be sent.
-pub(super) struct Voice {
+pub(super) struct RelaySink {
     sink: Box<dyn ByteSink>,
     silenced: Arc<AtomicBool>,
 }
 
-impl Voice {
+impl RelaySink {
     pub(super) fn over(sink: Box<dyn ByteSink>, silenced: &Arc<AtomicBool>) -> Box<dyn ByteSink> {
         Box::new(Self { sink, silenced: Arc::clone(silenced) })
     }
 }
 
-impl crate::transport::Sealed for Voice {}
+impl crate::transport::Sealed for RelaySink {}
 
-impl ByteSink for Voice {
+impl ByteSink for RelaySink {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         if self.silenced.load(Ordering::Acquire) {
             let peer = "the guest's source".into();
             return Err(ChannelError::Closed {
                 peer,
-                doing: "telling it nothing while the guest is in doubt",
+                doing: "sending it no answer while the guest is in doubt",
             });
         }
         self.sink.send(parts, stop)
@@ -497,15 +499,15 @@ impl ByteSink for Voice {
         self.sink.finish(stop)
     }
 
-    fn outlast(&mut self, limit: Duration) {
-        self.sink.outlast(limit);
+    fn tolerate_outage(&mut self, limit: Duration) {
+        self.sink.tolerate_outage(limit);
     }
 
     fn position(&self) -> u64 {
         self.sink.position()
     }
 
-    fn under_way(&self) -> u64 {
-        self.sink.under_way()
+    fn unacknowledged(&self) -> u64 {
+        self.sink.unacknowledged()
     }
 }

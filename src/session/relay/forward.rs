@@ -14,7 +14,7 @@ use crate::guest::PageObserver;
 /// One bit for each page that was received and not taken yet. Unlike the log of a running guest it also counts pages
 /// from before its start: no received page is ever dropped.
 #[derive(Debug)]
-pub(in crate::session) struct Arrivals {
+pub(in crate::session) struct ForwardedPages {
     blocks: Vec<AtomicBitmap>,
     pending: AtomicU64,
     /// The source has switched to postcopy.
@@ -25,7 +25,7 @@ pub(in crate::session) struct Arrivals {
     wake: Option<WakeEvent>,
 }
 
-impl Arrivals {
+impl ForwardedPages {
     pub(in crate::session) fn new(table: &RamBlockTable) -> Self {
         let blocks = table.blocks().iter().map(|block| AtomicBitmap::new(table.pages_of(block))).collect();
         Self {
@@ -97,13 +97,13 @@ impl Arrivals {
     }
 }
 
-impl PageObserver for Arrivals {
+impl PageObserver for ForwardedPages {
     fn placed(&self, run: PageRun) {
         self.mark(run);
     }
 }
 
-impl DirtySource for Arrivals {
+impl DirtySource for ForwardedPages {
     fn name(&self) -> &'static str {
         "arrivals"
     }
@@ -139,15 +139,15 @@ mod tests {
     fn a_page_that_came_before_the_start_is_taken_once_and_counted_exactly() {
         let block = RamBlock::new(BlockName::new("ram").unwrap(), 100 * 4096);
         let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
-        let arrivals = Arrivals::new(&table);
+        let forwarded = ForwardedPages::new(&table);
         let run = |first, pages| PageRun { block: BlockIndex(0), first: PageIndex(first), pages };
-        arrivals.mark(run(60, 10));
-        arrivals.mark(run(65, 10));
-        assert_eq!(arrivals.pending(), 15);
-        arrivals.start().unwrap();
+        forwarded.mark(run(60, 10));
+        forwarded.mark(run(65, 10));
+        assert_eq!(forwarded.pending(), 15);
+        forwarded.start().unwrap();
         let mut dirty = PageBitmap::new(100);
         dirty.set_range(0..70);
-        arrivals.sync_into(BlockIndex(0), &mut dirty).unwrap();
-        assert_eq!((dirty.count(), arrivals.pending()), (75, 0));
+        forwarded.sync_into(BlockIndex(0), &mut dirty).unwrap();
+        assert_eq!((dirty.count(), forwarded.pending()), (75, 0));
     }
 }

@@ -123,7 +123,11 @@ impl Upstream for Silent {
         self.0 -= 1;
         Ok(if self.0 == 0 { News::Stopped } else { News::None })
     }
-    fn wait_given(&mut self, _: crate::engine::Handover, _time: std::time::Duration) -> Result<bool, Error> {
+    fn wait_for_ownership(
+        &mut self,
+        _: crate::engine::Handover,
+        _time: std::time::Duration,
+    ) -> Result<bool, Error> {
         Ok(true)
     }
 }

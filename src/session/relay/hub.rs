@@ -170,7 +170,7 @@ impl Inner {
     fn release(&mut self) {
         (self.source.connection, self.far_end.connection) = (None, None);
         let Some(mut guard) = self.guard.take() else { return };
-        quietly("letting go of the source's connection", || guard.release());
+        quietly("releasing the source's connection", || guard.release());
     }
 
     /// Orders that a test has switched off.
@@ -280,7 +280,7 @@ impl Hub {
     }
 
     /// Wakes the sides for a change without an event.
-    pub(super) fn nudge(&self) {
+    pub(super) fn notify(&self) {
         self.changed.notify_all();
     }
 
@@ -294,9 +294,9 @@ impl Hub {
         for due in notices {
             // Reported by a thread of its own: a blocked terminal must not delay the far end's answer.
             let notice = Arc::clone(&notice);
-            let tell = move || quietly("telling what an operator must know", || notice(&due));
+            let tell = move || quietly("reporting to the operator", || notice(&due));
             if let Err(error) = spawner.spawn("ramwire-notice", Box::new(tell)) {
-                tracing::warn!(%error, "the relay's notice could not be told");
+                tracing::warn!(%error, "the relay's notice could not be delivered");
             }
         }
     }

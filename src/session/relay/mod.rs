@@ -58,7 +58,7 @@ pub(super) use content_scan::ContentScan;
 pub use content_scan::ScanReport;
 pub(super) use owed::Came;
 
-use ends::{Middle, SourceSide, Voice};
+use ends::{Middle, RelaySink, SourceSide};
 pub use guard::{Guard, Held};
 use hub::{Hub, Parts};
 
@@ -229,7 +229,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     let memory = RelayMemory { huge_pages, hub: Arc::clone(&hub), made, source_waits };
     let held = Arc::clone(&memory.made);
     let (silenced, waits) = (Arc::default(), Arc::clone(&memory.source_waits));
-    connection.back = connection.back.map(|sink| Voice::over(sink, &silenced));
+    connection.back = connection.back.map(|sink| RelaySink::over(sink, &silenced));
     let side = Box::new(SourceSide {
         hub: Arc::clone(&hub),
         cancel: cancel.clone(),
@@ -250,13 +250,13 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         left: statistics,
         began,
         ram_complete: Arc::clone(&ram_complete),
-        arrivals: None,
+        forwarded: None,
         meter: None,
         urgent_came,
         switched: false,
         silenced: Arc::clone(&silenced),
     };
-    session = session.with_arrival(Box::new(middle));
+    session = session.with_incoming_observer(Box::new(middle));
     session.break_order(breakage);
     let received = session.run();
     // In any case the far side must not wait for this side any more.

@@ -29,7 +29,7 @@ use crate::session::source::Behind;
 use crate::sys::Stop;
 
 use super::ends::{POLL_INTERVAL, source_lost};
-use super::forward::Arrivals;
+use super::forward::ForwardedPages;
 use super::hub::{Hub, Inner};
 use super::owed::{Came, Owed};
 
@@ -122,7 +122,7 @@ pub(super) fn why_ended(inner: &Inner) -> Option<Error> {
 /// The far side: pages that its source still owes, and messages to that source.
 pub(super) struct FarSwitch {
     hub: Arc<Hub>,
-    arrivals: Arc<Arrivals>,
+    arrivals: Arc<ForwardedPages>,
     owed: Owed,
     source: Option<ToSource>,
     /// When the far end was given the guest, about.
@@ -135,7 +135,7 @@ impl FarSwitch {
     /// The source has switched. `None` if that was taken already.
     pub(super) fn begin(
         hub: &Arc<Hub>,
-        arrivals: &Arc<Arrivals>,
+        arrivals: &Arc<ForwardedPages>,
         table: &RamBlockTable,
         finish_timeout: Duration,
     ) -> Option<Self> {

@@ -52,7 +52,7 @@ pub struct RestoreSettings {
 
 /// Result of starting a guest from a file.
 #[derive(Debug)]
-#[must_use = "the memory of a guest that was restored lazily is read behind it"]
+#[must_use = "the memory of a lazily restored guest is read in the background"]
 pub struct Restored {
     /// As for any arriving guest. [`Ending::Running`]: it runs.
     pub report: DestinationReport,

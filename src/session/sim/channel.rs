@@ -324,7 +324,7 @@ impl ByteSink for SimSink {
     }
 
     /// Where connections are lost, the destination waits until its last message was read.
-    fn under_way(&self) -> u64 {
+    fn unacknowledged(&self) -> u64 {
         if self.side == Side::Source || self.sim.world().plan.losses.is_empty() {
             return 0;
         }

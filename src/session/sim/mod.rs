@@ -79,7 +79,7 @@ impl Coverage {
             ("stayed: failed", sent.outcome == Outcome::StaysHere(Reason::Failed)),
             ("stayed: cancelled", sent.outcome == Outcome::StaysHere(Reason::Cancelled)),
             ("stayed: while paused", matches!(sent.outcome, Outcome::StaysHere(_)) && world.paused),
-            ("stayed: could not resume", sent.stands_still && matches!(sent.outcome, Outcome::StaysHere(_))),
+            ("stayed: could not resume", sent.not_resumed && matches!(sent.outcome, Outcome::StaysHere(_))),
             ("in doubt", sent.outcome == Outcome::InDoubt),
             ("in doubt, runs there", sent.outcome == Outcome::InDoubt && arrived.ending == Ending::Running),
             ("stranded", arrived.ending == Ending::Stranded),

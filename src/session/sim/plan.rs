@@ -223,7 +223,7 @@ pub(super) struct Plan {
     /// A page channel loses a page of its batch of this number, towards a ramwire.
     pub(super) drops: Option<u64>,
     /// The source's guest can't be resumed when it should be.
-    pub(super) stands_still: bool,
+    pub(super) not_resumed: bool,
     /// A balloon reports free pages at one of so many chances; 0: there is none.
     pub(super) hint_every: u64,
     /// Pages that may be plugged and unplugged, and those that are unplugged at the start.
@@ -304,7 +304,7 @@ impl Plan {
             downtime_pages: rng.below(12),
             fault,
             also: draw_second(&mut rng, total).filter(|_| fault.is_some() && !flips),
-            stands_still: rng.one_in(25),
+            not_resumed: rng.one_in(25),
             blocks,
         }
     }
@@ -322,7 +322,7 @@ impl Plan {
             fault: None,
             also: None,
             drops: None,
-            stands_still: false,
+            not_resumed: false,
             ..plan
         }
     }
@@ -347,7 +347,7 @@ impl Plan {
             fault,
             also: None,
             drops: None,
-            stands_still: false,
+            not_resumed: false,
             hint_every: 0,
             plugs: Vec::new(),
             unplugged: BTreeSet::new(),
@@ -365,7 +365,7 @@ impl Plan {
             fault: None,
             also: None,
             drops: None,
-            stands_still: true,
+            not_resumed: true,
             hint_every: 0,
             plugs: Vec::new(),
             unplugged: BTreeSet::new(),

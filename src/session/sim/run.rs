@@ -114,7 +114,8 @@ fn destination(sim: &Sim, breakage: Breakage) -> DestinationSession {
         DestinationSettings { take_memory: true, reconnect_timeout, ..DestinationSettings::default() },
     );
     sim.world().cancel[1] = Some(session.cancel_token());
-    let mut session = if watched { session.with_arrival(Box::new(Watcher::new(sim))) } else { session };
+    let mut session =
+        if watched { session.with_incoming_observer(Box::new(Watcher::new(sim))) } else { session };
     session.break_order(breakage);
     if lossy {
         session.resumed_by(Box::new(Takes(sim.clone())));
@@ -247,9 +248,9 @@ impl Run {
                 must(there || world.killed, "the guest runs nowhere");
             }
             Outcome::StaysHere(_) => {
-                let said = matches!(self.sent.error, Some(Error::StandsStill { .. }));
-                let stands_still = world.plan.stands_still && world.paused && said && self.sent.stands_still;
-                must(here || stands_still, "the guest does not run on at the source");
+                let said = matches!(self.sent.error, Some(Error::NotResumed { .. }));
+                let not_resumed = world.plan.not_resumed && world.paused && said && self.sent.not_resumed;
+                must(here || not_resumed, "the guest does not run on at the source");
                 must(here || !self.sent.guest_is_safe_here(), "the source's report is wrong");
                 must(self.unsent_is_dirty(), "a page that is not at the destination is not dirty");
                 must(self.sent.error.is_some(), "no reason is given");

@@ -351,7 +351,7 @@ fn files_that_are_made_up_are_refused() {
     noted(&path, None, |note| note.base.as_mut().unwrap().starts_at = u64::MAX);
     assert!(!refused(&path).is_empty());
     noted(&path, None, |note| note.base.as_mut().unwrap().path = "/dev/zero".into());
-    assert!(refused(&path).contains("it is no plain file"), "{}", refused(&path));
+    assert!(refused(&path).contains("it is no regular file"), "{}", refused(&path));
     // Each byte of the note is wrong in turn; a note that is none leaves a file that names a base without one.
     let good = std::fs::read(&path).unwrap();
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();

@@ -118,7 +118,7 @@ impl Changes {
     }
 
     /// Reads the log. With a base: the pages that have changed since, in whole host pages, without those of earlier answers.
-    pub(super) fn look(&mut self, memory: &dyn GuestMemory) -> Result<Option<PageSet>, Error> {
+    pub(super) fn find_changed(&mut self, memory: &dyn GuestMemory) -> Result<Option<PageSet>, Error> {
         let Some(log) = &self.log else { return Ok(None) };
         match guarded("reading which pages have changed", || read(log, memory)).and_then(|read| read) {
             Ok(fresh) => Ok(self.pages.read(&fresh)),

@@ -78,7 +78,7 @@ impl SnapshotSettings {
     }
 }
 
-/// How a snapshot ended, and its figures. The guest continues unless it [stands still](Self::stands_still).
+/// How a snapshot ended, and its figures. The guest continues unless it [stands still](Self::not_resumed).
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct SnapshotReport {
@@ -108,7 +108,7 @@ pub struct SnapshotReport {
     /// How long they waited, as this process measures it.
     pub fault_latency: LatencySummary,
     /// The guest was paused and could not be resumed.
-    pub stands_still: bool,
+    pub not_resumed: bool,
     /// What the next snapshot may be taken against: this one, if its changes are [reported](SnapshotSession::tracked);
     /// if it failed, the base that it had. None after a dirty source has failed: the next snapshot must be a whole one.
     pub base: Option<SnapshotBase>,
@@ -134,7 +134,8 @@ impl SnapshotSession {
         if let Some(writer) = guest.other_writers.first() {
             return Err(Error::Config {
                 what: format!(
-                    "{writer} writes to the guest's memory past this process, which no write protection here holds"
+                    "{writer} writes to the guest's memory without this process, where write protection does \
+                    not stop it"
                 ),
                 remedy: Remedy::Advice(
                     "take it off the guest for the snapshot, or save the guest while it is paused",

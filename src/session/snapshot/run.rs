@@ -255,7 +255,7 @@ impl Running {
             SnapshotAction::Open => self.open()?,
             SnapshotAction::Track => self.changes.start()?,
             SnapshotAction::Arm => self.arm()?,
-            SnapshotAction::Look => return self.look().map(SnapshotEvent::Found),
+            SnapshotAction::Look => return self.find_pages().map(SnapshotEvent::Found),
             SnapshotAction::Protect { run } => {
                 if let Some(protection) = &self.protection {
                     protection.protect(run)?;
@@ -311,10 +311,9 @@ impl Running {
         let callbacks = Callbacks::start(control, shape, &self.settings.spawner, wake)?;
         if !self.callbacks.insert(callbacks).keep_memory()? {
             return Err(Error::Config {
-                what: "the guest does not promise to keep its memory while a snapshot is taken: what it gave back would be \
-                       missing there"
+                what: "the guest may discard memory while a snapshot is taken, which would then be missing in it"
                     .into(),
-                remedy: Remedy::Advice("take balloon and free page reporting off the guest"),
+                remedy: Remedy::Advice("remove the guest's balloon and free page reporting"),
             });
         }
         self.protection = Some(WriteProtection::arm(&*self.memory, self.settings.user_mode_only)?);
@@ -329,14 +328,14 @@ impl Running {
         }
     }
 
-    fn look(&mut self) -> Result<PageSet, Error> {
+    fn find_pages(&mut self) -> Result<PageSet, Error> {
         if let Some(change) = self.memory.layout_change() {
             return Err(change.into());
         }
         let Some(protection) = &mut self.protection else { return Ok(PageSet::default()) };
-        let found = match self.changes.look(&*self.memory)? {
+        let found = match self.changes.find_changed(&*self.memory)? {
             Some(changed) => protection.take(changed)?,
-            None => protection.look()?,
+            None => protection.find_used()?,
         };
         for run in found.runs() {
             self.target.used.add(run);
@@ -433,7 +432,7 @@ impl Running {
             total: self.began.elapsed(),
             faults: figures.faults,
             fault_latency: figures.latency.summary(),
-            stands_still: self.times.paused_at.is_some(),
+            not_resumed: self.times.paused_at.is_some(),
             base,
         }
     }

@@ -116,7 +116,7 @@ fn a_file_holds_one_moment_of_a_guest_that_writes_on_whatever_its_memory_is() {
             let report = to_file(session_of(&guest), &path);
             assert_eq!(report.outcome, SnapshotOutcome::Taken, "{what}: {:?}", report.error);
             assert_eq!(report.pages.normal + report.pages.zero, 8 * MIB / 4096, "{what}: each page once");
-            assert!(!report.stands_still && report.error.is_none());
+            assert!(!report.not_resumed && report.error.is_none());
             assert_writes(&mut guest);
             assert_whole(arrived(loaded(&path).unwrap(), 8 * MIB));
         }
@@ -179,7 +179,7 @@ fn a_snapshot_that_fails_leaves_its_guest_running_and_no_file_that_says_it_is_wh
                 link.break_at(at.into());
             }
             let report = session.run(SourceConnection::new(Box::new(link), None));
-            if report.stands_still {
+            if report.not_resumed {
                 // The failure was that it could not resume.
                 guest.resume().unwrap();
             }

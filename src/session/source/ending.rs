@@ -35,7 +35,7 @@ pub struct SourceReport {
     /// Pages whose memory was given back ([`PostcopySettings::release_ram`](crate::session::PostcopySettings::release_ram)).
     pub released_pages: u64,
     /// The guest was paused here and not resumed: it is at the destination, or in doubt, or could not resume.
-    pub stands_still: bool,
+    pub not_resumed: bool,
     /// Blocks whose memory was passed to the destination; none unless it may have the guest. Nothing here may write to
     /// them, or take pages from their files, unless an operator has decided that the guest continues here.
     pub passed: Vec<BlockName>,
@@ -44,7 +44,7 @@ pub struct SourceReport {
 impl SourceReport {
     /// True if the guest continues, whole, at the source.
     pub fn guest_is_safe_here(&self) -> bool {
-        matches!(self.outcome, Outcome::StaysHere(_)) && !self.stands_still
+        matches!(self.outcome, Outcome::StaysHere(_)) && !self.not_resumed
     }
 }
 
@@ -73,16 +73,16 @@ impl SourceSession {
             self.end_throttling();
         }
         self.note_overdue();
-        quietly("telling of the end", || self.figures.ended(now, outcome, self.error.as_ref()));
+        quietly("reporting the end", || self.figures.ended(now, outcome, self.error.as_ref()));
         self.let_go(outcome);
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }
-        quietly("telling of the end", || self.figures.shared().cleaned_up());
+        quietly("reporting the end", || self.figures.shared().cleaned_up());
         let statistics = self.figures.shared().snapshot();
         let first_page_sent = self.figures.first_page();
         let (dirty, memory_check) = (self.pages.dirty, self.pages.prints.found);
-        let stands_still = self.departure.paused;
+        let not_resumed = self.departure.paused;
         SourceReport {
             outcome,
             error: self.error,
@@ -92,7 +92,7 @@ impl SourceSession {
             urgent_pages: self.missing.urgent_pages,
             memory_check,
             released_pages: self.missing.released_pages(),
-            stands_still,
+            not_resumed,
             passed: self.departure.passed.into_blocks(),
         }
     }
@@ -138,7 +138,7 @@ impl SourceSession {
                 // More urgent than the first error: the operator must look after the guest.
                 let why =
                     self.error.take().map_or_else(|| "cancelled".into(), |error| Chain(&error).to_string());
-                return Err(Error::StandsStill { why, source });
+                return Err(Error::NotResumed { why, source });
             }
             self.departure.paused = false;
         }

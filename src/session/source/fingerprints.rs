@@ -186,7 +186,8 @@ impl SourceSession {
         self.wire.stop = Stop::never().within(self.settings.finish_timeout);
         let told = self.wire.send(&order).and_then(|()| self.wire.link.sink().flush(&self.wire.stop));
         if let Err(error) = told {
-            tracing::warn!(error = %Chain(&error), "the destination can't be told what was found in memory");
+            tracing::warn!(error = %Chain(&error), "the result of the memory check could not be sent to the \
+                destination");
         }
         Ok(SourceEvent::Done)
     }

@@ -125,7 +125,7 @@ impl SourceSession {
             let time = self.settings.finish_timeout;
             self.wire.stop = Stop::never().within(time);
             // An outage that ends in time must not cost the answer. Longer than the stop, which so ends every wait.
-            self.wire.link.sink().outlast(time.saturating_mul(2));
+            self.wire.link.sink().tolerate_outage(time.saturating_mul(2));
         }
         if self.driver.engine.handover() == Handover::Native && !self.driver.engine.is_postcopy() {
             let mut order = Vec::new();

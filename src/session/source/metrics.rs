@@ -266,9 +266,9 @@ impl Figures {
     }
 
     /// What the rounds so far brought.
-    pub(super) fn progress(&mut self, rounds_without: u32, stalled: bool) {
+    pub(super) fn progress(&mut self, rounds_without_progress: u32, stalled: bool) {
         self.shared.update(|s| {
-            s.rounds_without_progress = rounds_without;
+            s.rounds_without_progress = rounds_without_progress;
             s.stalled |= stalled;
         });
     }

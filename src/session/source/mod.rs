@@ -69,7 +69,7 @@ pub struct SourceGuest {
     /// Its memory.
     pub memory: Arc<dyn GuestMemory>,
     /// All sources of information about writes to it; each sync ORs all. None only where
-    /// [`guest_stands_still`](SourceSettings::guest_stands_still).
+    /// [`guest_is_paused`](SourceSettings::guest_is_paused).
     pub dirty: Vec<Arc<dyn DirtySource>>,
     /// Pause, resume, device state.
     pub control: Box<dyn GuestControl>,
@@ -98,13 +98,13 @@ pub(in crate::session) trait Upstream: Send {
     ///
     /// # Errors
     /// The error that ended the upstream migration: the guest continues there.
-    fn wait_given(&mut self, handover: Handover, time: Duration) -> Result<bool, Error>;
+    fn wait_for_ownership(&mut self, handover: Handover, time: Duration) -> Result<bool, Error>;
 
     /// The peer was given the guest and has not reported in time that it runs; `why` is the reason.
     fn far_end_is_silent(&mut self, _why: &Error) {}
 
     /// In doubt: true while a late answer of the peer is still of use.
-    fn goes_on_listening(&mut self) -> bool {
+    fn still_listens(&mut self) -> bool {
         false
     }
 }
@@ -266,7 +266,7 @@ impl SourceSession {
             | SourceAction::ReportSilence
             | SourceAction::Release
             | SourceAction::CheckMemory => {
-                quietly("telling of a step", || self.figures.step(now, action));
+                quietly("reporting a step", || self.figures.step(now, action));
             }
             _ => self.figures.step(now, action),
         }
@@ -337,8 +337,8 @@ fn engine_config(settings: &SourceSettings, table: &RamBlockTable, handover: Han
 /// A guest that can't go by a link that registers its memory.
 pub(super) fn discards() -> Error {
     Error::Config {
-        what: "the guest does not promise to keep its memory in place while a NIC knows it".into(),
-        remedy: Remedy::Advice("use a tcp: address, or take balloon and free page reporting off the guest"),
+        what: "the guest may discard memory that is registered with a NIC".into(),
+        remedy: Remedy::Advice("use a tcp: address, or remove the guest's balloon and free page reporting"),
     }
 }
 

@@ -26,7 +26,7 @@ impl SourceSession {
         self.follow_control();
         self.throttle_vcpus();
         let (before, guest_before) = (self.wire.position(), self.figures.whole_bytes());
-        while self.keep_pace()? {
+        while self.wait_for_pace()? {
             let batch = self.next_batch()?;
             if batch.is_empty() {
                 self.pages.done_with(batch);
@@ -45,14 +45,14 @@ impl SourceSession {
         self.figures.sent(self.driver.clock.now(), bytes, pages_left, self.driver.engine.rate());
         self.figures.channel_bytes(self.wire.link.channel_bytes());
         self.figures.deltas(self.wire.deltas());
-        self.driver.engine.set_under_way(self.wire.link.under_way());
+        self.driver.engine.set_unacknowledged(self.wire.link.unacknowledged());
         let guest = self.figures.whole_bytes() - guest_before;
         Ok(SourceEvent::Sent { pages_left, sent: Sent { guest, wire: bytes } })
     }
 
     /// Waits until the rate limit lets the next batch leave, and takes the peer's messages meanwhile; false if the engine
     /// calls before.
-    fn keep_pace(&mut self) -> Result<bool, Error> {
+    fn wait_for_pace(&mut self) -> Result<bool, Error> {
         while !self.driver.engine.is_last_round() {
             let now = self.driver.clock.now();
             let delay = self.pages.delay(now);

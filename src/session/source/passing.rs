@@ -70,7 +70,7 @@ impl SourceSession {
             if !file.seal() {
                 tracing::warn!(
                     block = block.name.as_str(),
-                    "this memory's file can't be sealed: whoever has it open can make it shorter"
+                    "this memory's file can't be sealed: another process that has it open can truncate it"
                 );
             }
             let mut order = Vec::new();

@@ -110,7 +110,9 @@ impl SourceSession {
     fn wait_for_guest(&mut self) -> Result<SourceEvent, Error> {
         let handover = self.driver.engine.handover();
         while let Some(upstream) = &mut self.upstream
-            && !named("calling Upstream::wait_given", || upstream.wait_given(handover, PEER_CHECK_INTERVAL))?
+            && !named("calling Upstream::wait_for_ownership", || {
+                upstream.wait_for_ownership(handover, PEER_CHECK_INTERVAL)
+            })?
         {
             self.poll_return_path()?;
             if self.wire.stop.reason().is_some() {
@@ -134,7 +136,7 @@ impl SourceSession {
     /// In doubt a relay continues to wait: its far end may only have been stalled.
     fn wait_for_late_answer(&mut self) -> Result<SourceEvent, Error> {
         while let Some(upstream) = &mut self.upstream
-            && upstream.goes_on_listening()
+            && upstream.still_listens()
         {
             if let Some(event) = self.next_event(&Stop::never().within(LATE_CHECK_INTERVAL))? {
                 return Ok(event);
@@ -293,7 +295,7 @@ fn no_answer(overdue: Overdue) -> Error {
     match overdue {
         Overdue::Switchover(after) => Error::NotConverged { after },
         Overdue::Ready(after) => of("that it has loaded the guest", after, Remedy::RaiseFinishTimeout),
-        Overdue::Sign(after) => of("that it has loaded the guest", after, Remedy::RaiseStallTimeout),
+        Overdue::Keepalive(after) => of("that it has loaded the guest", after, Remedy::RaiseStallTimeout),
         Overdue::Taken(after) => of("that it takes the guest", after, Remedy::RaiseFinishTimeout),
         Overdue::Running(after) => of("that the guest runs", after, Remedy::RaiseFinishTimeout),
     }

@@ -53,7 +53,7 @@ impl SourceSession {
         let table = self.guest.memory.table();
         match () {
             () if !asked && on_timeout => refused(
-                "the destination is not told that it may come",
+                "a switch was not announced to the destination",
                 "set SourceSettings::postcopy, or let the timeout cancel or finish",
             ),
             () if !asked => Ok(()),
@@ -63,8 +63,8 @@ impl SourceSession {
             ),
             () if urgent::time_of(&self.settings).is_some() && !self.missing.recovery.can_connect() => {
                 refused(
-                    "nothing tells how the connection for urgent pages is made",
-                    "say it (SourceSession::with_reconnect), or let urgent pages go with the others",
+                    "it is not known how to make the connection for urgent pages",
+                    "set it (SourceSession::with_reconnect), or let urgent pages go with the others",
                 )
             }
             () if self.settings.verify == Verify::Full => {
@@ -129,7 +129,7 @@ impl SourceSession {
             let pages = pages_of_host_page(&*memory, block);
             self.pages.dirty.set_run(PageRun { block: BlockIndex(0), first: PageIndex(0), pages });
         }
-        self.keep_account_of_memory();
+        self.track_releases();
         let mut out = Vec::new();
         setup::before_last_section(self, &mut out);
         for (index, block) in (0..).map(BlockIndex).zip(table.blocks()) {
@@ -225,7 +225,7 @@ impl SourceSession {
         self.wire.link.sink().flush(&self.wire.stop)?;
         let time = self.settings.finish_timeout;
         self.wire.stop = self.driver.control.connection().stop().within(time);
-        self.wire.link.sink().outlast(time.saturating_mul(2));
+        self.wire.link.sink().tolerate_outage(time.saturating_mul(2));
         self.end_urgent()?;
         let position = self.wire.position();
         self.figures.position(position);

@@ -267,7 +267,7 @@ impl SourceSession {
             (Lost::Postcopy, Some(postcopy)) => postcopy.reconnect_timeout,
             _ => self.settings.reconnect_timeout,
         };
-        let mut must_be_told = self.must_be_told();
+        let mut needs_recover_command = self.needs_recover_command();
         let (driver, recovery) = (&self.driver, &mut self.missing.recovery);
         recovery.loss.get_or_insert_with(Loss::new);
         let mut tried = false;
@@ -287,8 +287,8 @@ impl SourceSession {
             if lost == Lost::BeforeCommit && attempt.stop.reason().is_some() {
                 return Err(Error::Cancelled);
             }
-            must_be_told &= attempt.address.is_none();
-            if attempt.held || must_be_told {
+            needs_recover_command &= attempt.address.is_none();
+            if attempt.held || needs_recover_command {
                 attempt.stop.sleep(left);
                 continue;
             }
@@ -302,7 +302,7 @@ impl SourceSession {
             match recovery.connect(attempt.address.as_ref(), &stop) {
                 Ok(connection) => return Ok(connection),
                 Err(error) => {
-                    tracing::debug!(error = %Chain(&error), "the destination is not reached again yet")
+                    tracing::debug!(error = %Chain(&error), "no new connection to the destination yet")
                 }
             }
         }
@@ -316,7 +316,7 @@ impl SourceSession {
     /// A QEMU from 10.1 on with postcopy-preempt keeps listening. If a connection arrives before it has noticed the
     /// loss, it treats it as a stranger's and ends, together with the guest. So an operator must first check that it
     /// waits.
-    fn must_be_told(&self) -> bool {
+    fn needs_recover_command(&self) -> bool {
         self.driver.engine.handover() == Handover::Shut
             && self.driver.engine.urgent().is_some()
             && !self.breakage.is(Breakage::ReconnectUntold)
@@ -490,7 +490,7 @@ fn silent(what: &'static str, after: Duration) -> Error {
 fn unreachable_again(after: Duration) -> Error {
     let remedy = "the guest runs there, and waits where it touches a page that is missing: see whether its host lives and \
                   listens again";
-    Error::NoAnswer { what: "that it goes on", after, remedy: Remedy::Advice(remedy) }
+    Error::NoAnswer { what: "that it continues", after, remedy: Remedy::Advice(remedy) }
 }
 
 #[cfg(test)]

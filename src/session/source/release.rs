@@ -19,7 +19,7 @@ impl Missing {
 
 impl SourceSession {
     /// The pages that are dirty now are sent after the switch. All others are at the destination.
-    pub(super) fn keep_account_of_memory(&mut self) {
+    pub(super) fn track_releases(&mut self) {
         if self.settings.postcopy.as_ref().is_some_and(|postcopy| postcopy.release_ram) {
             let mut release = Release::new(self.guest.memory.table());
             release.confirm_clean(&self.pages.dirty);

@@ -4,7 +4,7 @@ use crate::stream::DecodeError;
 use crate::stream::native::{Answer, Hello};
 use crate::stream::qemu::return_path::{Message, bitmap_len, decode_bitmap, decode_message};
 use crate::sys::{RecvPart, Stop, StopReason};
-use crate::transport::{ByteSource, ChannelError};
+use crate::transport::{ByteSource, ChannelError, ReadHints};
 
 use crate::session::Error;
 
@@ -63,7 +63,7 @@ impl ReturnPath {
     /// Acknowledges received messages to the peer immediately: a peer that delays a second small message until the
     /// first is acknowledged can then send its requests without a wait.
     pub(super) fn acknowledge_at_once(&mut self) {
-        self.source.set_prompt(true);
+        self.source.set_hints(ReadHints { small_messages: true, ..ReadHints::default() });
     }
 
     /// Its descriptor; bytes that were read of it may hold more messages.

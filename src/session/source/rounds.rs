@@ -17,15 +17,15 @@ use crate::session::{Breakage, Error};
 impl SourceSession {
     pub(super) fn start_logs(&mut self) -> Result<SourceEvent, Error> {
         self.figures.shared().update(|s| s.status = Status::Setup);
-        if self.guest.dirty.is_empty() && !self.settings.guest_stands_still {
+        if self.guest.dirty.is_empty() && !self.settings.guest_is_paused {
             return Err(Error::Config {
                 what: "no dirty source: what the guest writes while its pages travel would be lost".into(),
                 remedy: Remedy::Advice(
-                    "give a source for each of its writers, or say that it stands still (guest_stands_still)",
+                    "give a source for each of its writers, or report that it is paused (guest_is_paused)",
                 ),
             });
         }
-        self.refuse_what_nobody_does()?;
+        self.refuse_unsupported()?;
         self.refuse_postcopy()?;
         self.refuse_passing()?;
         let registers =
@@ -120,7 +120,7 @@ impl SourceSession {
         let sent = self.wire.position();
         let guest = self.figures.whole_bytes() - guest_before;
         self.driver.engine.set_sent_at_fence(Sent { guest, wire: sent - before });
-        self.driver.engine.set_under_way(self.wire.link.under_way());
+        self.driver.engine.set_unacknowledged(self.wire.link.unacknowledged());
         self.figures.round_closed(self.driver.clock.now(), sent);
         self.await_compared(kind)?;
         Ok(SourceEvent::Done)

@@ -40,9 +40,11 @@ impl SourceSession {
         file::encode_header(&mut head);
         if self.settings.framing.configuration {
             file::encode_configuration(&self.settings.configuration, &mut head);
-        } else if !nothing_but_a_name(&self.settings.configuration) {
+        } else if !has_only_a_name(&self.settings.configuration) {
             return Err(Error::Config {
-                what: "this guest's capabilities, page size or UUID can't be told without a configuration section".into(),
+                what: "this guest's capabilities, page size or UUID can't be sent without a configuration \
+                    section"
+                    .into(),
                 remedy: Remedy::Advice("send one (SourceSettings::framing)"),
             });
         }
@@ -76,7 +78,7 @@ impl SourceSession {
             Handover::Native => Some(PeerStyle::RAMWIRE),
             _ => self.settings.style,
         };
-        self.wire.link.write_for(style)?;
+        self.wire.link.set_peer_style(style)?;
         self.advise()?;
         self.announce_blocks()?;
         self.wire.link.open_round(RoundKind::Setup, &self.wire.stop)?;
@@ -111,7 +113,7 @@ impl SourceSession {
     }
 
     /// A requested feature that no peer on this connection can provide is refused before the first byte.
-    pub(super) fn refuse_what_nobody_does(&self) -> Result<(), Error> {
+    pub(super) fn refuse_unsupported(&self) -> Result<(), Error> {
         let why = match self.settings.peer {
             Some(Peer::Qemu) => "the destination is a QEMU",
             _ if self.wire.back.is_none() => "the connection carries no answers",
@@ -149,9 +151,9 @@ impl SourceSession {
             answered.map_err(|error| if error.is_deadline() { silent() } else { error })?,
             self.settings.peer,
         ) {
-            (Peer::Ramwire, _) => self.say_hello().map(|()| Handover::Native),
+            (Peer::Ramwire, _) => self.send_hello().map(|()| Handover::Native),
             (Peer::Qemu, Some(Peer::Ramwire)) => {
-                let why = "it answers the greeting as a QEMU does, and was to be a ramwire".into();
+                let why = "it answered the greeting like a QEMU, and a ramwire was expected".into();
                 Err(Error::PeerFailed { why })
             }
             // Over RDMA a lone PING was left unread by a QEMU 10.0 on a busy machine, which waits for a completion that
@@ -171,7 +173,7 @@ impl SourceSession {
                 PeerMessage::Pong(value)
                     if version_of_pong(value).is_some_and(|version| version < MIN_VERSION) =>
                 {
-                    let why = "it is a ramwire of an older version, which does not say what it has placed";
+                    let why = "it is a ramwire of an older version, which does not report what it has placed";
                     return Err(Error::PeerFailed { why: why.into() });
                 }
                 PeerMessage::Pong(value) if version_of_pong(value).is_some() => return Ok(Peer::Ramwire),
@@ -203,7 +205,7 @@ impl SourceSession {
         }
     }
 
-    fn say_hello(&mut self) -> Result<(), Error> {
+    fn send_hello(&mut self) -> Result<(), Error> {
         let urgent = self.driver.engine.urgent().is_some();
         let passes = self.may_pass_memory();
         let verify = self.settings.verify;
@@ -228,7 +230,7 @@ impl SourceSession {
         self.convergence.fixed.round_trip = self.driver.clock.now().saturating_sub(asked);
         match answer {
             PeerMessage::Hello(theirs) if theirs.common_version() != Some(theirs.max_version) => {
-                let why = format!("it speaks version {} of ramwire's words", theirs.max_version);
+                let why = format!("it speaks version {} of ramwire's messages", theirs.max_version);
                 Err(Error::PeerFailed { why })
             }
             // The peer returns the fields that it received: a lost digest flag would let it start the guest unchecked.
@@ -299,7 +301,7 @@ impl SourceSession {
 }
 
 /// Without a configuration section a destination takes everything in it but the name for absent.
-fn nothing_but_a_name(configuration: &Configuration) -> bool {
+fn has_only_a_name(configuration: &Configuration) -> bool {
     *configuration == Configuration { machine: configuration.machine.clone(), ..Configuration::default() }
 }
 
@@ -338,7 +340,7 @@ pub(crate) fn described(announced: &BlockAnnouncement) -> RamBlock {
 
 fn no_vmm_configuration(why: &str) -> Error {
     Error::Config {
-        what: format!("this VMM's configuration was to be told to the destination's, and {why}"),
+        what: format!("this VMM's configuration was to be sent to the destination's, and {why}"),
         remedy: Remedy::Advice(
             "migrate to a ramwire of the same version over a connection of both directions, or leave the configuration out \
              (SourceSettings::vmm_configuration)",

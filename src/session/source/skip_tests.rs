@@ -31,7 +31,7 @@ pub(crate) fn moved<T: Send>(
     let (near, far) = UnixStream::pair().unwrap();
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.verify = Verify::Full;
-    settings.guest_stands_still = dirty.is_empty();
+    settings.guest_is_paused = dirty.is_empty();
     settings.max_bandwidth = Rate::limit(rate);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));
     let connection = SourceConnection::new(link, Some(plain(&near)));

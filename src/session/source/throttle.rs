@@ -59,7 +59,7 @@ impl SourceSession {
         self.driver.engine.set_fixed_downtime(digest + sync + round_trip * answers);
         self.driver.engine.set_deltas(self.wire.link.deltas().cache_size > 0);
         self.driver.engine.set_state_bytes(state_size(self.guest.control.as_mut()));
-        self.driver.engine.set_under_way(self.wire.link.under_way());
+        self.driver.engine.set_unacknowledged(self.wire.link.unacknowledged());
     }
 
     /// Reports once that the rounds do not converge, with a remedy.
@@ -68,7 +68,7 @@ impl SourceSession {
         let travelling = self.guest.memory.table().travelling();
         let relayed = self.upstream.is_some() && self.figures.whole_bytes() / RELAYED_TIMES >= travelling;
         let stalled = progress.is_stalled() || relayed;
-        self.figures.progress(progress.rounds_without(), stalled);
+        self.figures.progress(progress.rounds_without_progress(), stalled);
         if stalled
             && !self.driver.engine.is_last_round()
             && !std::mem::replace(&mut self.convergence.told, true)

@@ -105,7 +105,7 @@ impl SourceSession {
             urgent.sink.send(&[SendPart::Own(&EOS_RECORD)], &self.wire.stop)?;
             urgent.sink.flush(&self.wire.stop)?;
         }
-        urgent.sink.outlast(self.settings.finish_timeout.saturating_mul(2));
+        urgent.sink.tolerate_outage(self.settings.finish_timeout.saturating_mul(2));
         Ok(())
     }
 }

@@ -20,7 +20,7 @@ pub(super) struct Wire {
     /// The connection for requested pages, if it is separate.
     pub(super) urgent: Option<Urgent>,
     /// When bytes were last sent to a peer that waits for more.
-    last_sign: Duration,
+    last_keepalive: Duration,
     /// Bytes that were sent on earlier connections.
     sent_before: u64,
     /// What deltas did there.
@@ -35,7 +35,7 @@ impl Wire {
             back,
             stop,
             urgent: None,
-            last_sign: Duration::ZERO,
+            last_keepalive: Duration::ZERO,
             sent_before: 0,
             deltas_before: DeltaCounts::default(),
         }
@@ -70,10 +70,10 @@ impl Wire {
     /// Sends a PING if none was sent for `every`: a ramwire treats a long silence as a dead peer, and both kinds of
     /// peer answer a PING between sections.
     pub(super) fn send_keepalive(&mut self, now: Duration, every: Duration) -> Result<(), ChannelError> {
-        if self.back.is_none() || now.saturating_sub(self.last_sign) < every {
+        if self.back.is_none() || now.saturating_sub(self.last_keepalive) < every {
             return Ok(());
         }
-        self.last_sign = now;
+        self.last_keepalive = now;
         let mut ping = Vec::new();
         Command::Ping(ORDINARY_PING).encode(&mut ping);
         self.send(&ping)?;

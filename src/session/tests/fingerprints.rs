@@ -59,7 +59,7 @@ fn migrate(channels: u8, file: bool, sly: Option<u64>) -> (SourceReport, Destina
     let control = Box::new(Sly { machine, memory: from.clone(), page: sly });
     let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    (settings.migration_id, settings.guest_stands_still) = (random_id(), true);
+    (settings.migration_id, settings.guest_is_paused) = (random_id(), true);
     settings.verify = Verify::Fast;
     let source = SourceSession::new(guest, connection, settings).spawn().unwrap();
     let connection = listener.accept_connection(&options, &stop).unwrap();

@@ -46,7 +46,7 @@ fn send(
     }
     let machine = Machine::running(state);
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     set(&mut settings);
     let address = address.clone();
     std::thread::spawn(move || {
@@ -138,7 +138,7 @@ fn a_destination_that_stays_silent_ends_the_migration_before_a_page_is_sent() {
         let sender = sender.join().unwrap();
         let sent = sender.handle.wait().unwrap();
         let text = sent.error.as_ref().unwrap().to_string();
-        assert!(text.contains("did not say what it is within 0.2 s"), "{text}");
+        assert!(text.contains("did not report what it is within 0.2 s"), "{text}");
         assert_eq!(sent.error.as_ref().unwrap().kind(), ErrorKind::Channel);
         assert!(sent.guest_is_safe_here() && sender.machine.runs());
         assert_eq!((sent.statistics.pages.normal, sent.statistics.pages.zero), (0, 0));
@@ -192,9 +192,9 @@ fn a_slow_qemu_is_a_qemu_and_compares_no_digest() {
         let says = match (verify, peer) {
             (Verify::Full, _) => "only two ramwires compare one",
             (Verify::Fast, _) => "only two ramwires do",
-            (_, Some(_)) => "answers the greeting as a QEMU does",
+            (_, Some(_)) => "answered the greeting like a QEMU",
             // All pages were sent, and no report arrived that the guest runs.
-            _ => "did not say that the guest runs",
+            _ => "did not report that the guest runs",
         };
         assert!(text.contains(says), "{text}");
         let goes = (verify, peer) == (Verify::Off, None);
@@ -211,7 +211,7 @@ fn a_digest_that_nobody_can_compare_is_refused_before_the_first_byte() {
         let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
         let (memory, machine) = (guest(&PAGES), Machine::running(b""));
         let mut settings = SourceSettings::new(Configuration::default());
-        (settings.verify, settings.peer, settings.guest_stands_still) = (verify, peer, true);
+        (settings.verify, settings.peer, settings.guest_is_paused) = (verify, peer, true);
         let link = Box::new(InlineLink::new(plain(&near), memory.clone()));
         let back = answers.then(|| plain(&near) as Box<_>);
         let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(machine.clone()) };

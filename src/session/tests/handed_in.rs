@@ -44,7 +44,7 @@ fn pages_travel_on_channels_that_were_handed_in_whatever_their_order() {
         let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };
         let mut settings =
             SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-        settings.guest_stands_still = true;
+        settings.guest_is_paused = true;
         settings.verify = Verify::Full;
         let sending = SourceSession::new(source, connection, settings).spawn().unwrap();
 
@@ -107,7 +107,7 @@ fn a_source_without_page_channels_or_with_a_sending_it_cant_have_is_refused() {
     let none = source(0, &ChannelOptions::default());
     assert!(matches!(none, OpenError::Channels { .. }), "{none}");
     let compressed = ChannelOptions {
-        packing: crate::stream::qemu::packed::Packing::Zlib(1),
+        compression: crate::stream::qemu::page_compression::PageCompression::Zlib(1),
         sending: PageSending::Splice,
         ..ChannelOptions::default()
     };

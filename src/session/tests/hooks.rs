@@ -112,15 +112,15 @@ fn memory_that_changes_ends_the_migration() {
 /// Memory that grows while it migrates arrives at its new size, by the next migration.
 #[test]
 fn a_guest_whose_block_has_grown_moves_as_it_is_then() {
-    const MOST: u64 = 16 * 4096;
-    let [near, far] = [0, 1].map(|_| Mapping::anonymous(MOST).unwrap());
+    const MAX_LEN: u64 = 16 * 4096;
+    let [near, far] = [0, 1].map(|_| Mapping::anonymous(MAX_LEN).unwrap());
     let of_length = |mapping: &Mapping, used_length| {
         let mut block = RamBlock::new(BlockName::new("ram").unwrap(), used_length);
-        block.max_length = MOST;
+        block.max_length = MAX_LEN;
         Arc::new(MappedGuest::builder(PageSize::SIZE_4K).mapping(block, mapping).build().unwrap())
     };
-    near.region().span(0, MOST).unwrap().copy_from(&[5; MOST as usize]);
-    for (length, grows) in [(7 * 4096, true), (MOST, false)] {
+    near.region().span(0, MAX_LEN).unwrap().copy_from(&[5; MAX_LEN as usize]);
+    for (length, grows) in [(7 * 4096, true), (MAX_LEN, false)] {
         let (from, to) = (of_length(&near, length), of_length(&far, length));
         let memory = Arc::clone(&from);
         let machine = Machine::running(b"");
@@ -129,7 +129,7 @@ fn a_guest_whose_block_has_grown_moves_as_it_is_then() {
             source.statistics().listen(move |event| {
                 if grows && matches!(event.kind, EventKind::Round(_)) {
                     let block = BlockName::new("ram").unwrap();
-                    memory.layout_changed(LayoutChange::Resized { block, length: MOST });
+                    memory.layout_changed(LayoutChange::Resized { block, length: MAX_LEN });
                 }
             });
             (source, ())
@@ -137,8 +137,8 @@ fn a_guest_whose_block_has_grown_moves_as_it_is_then() {
         assert_eq!((sent.guest_is_safe_here(), machine.runs()), (grows, grows), "{:?}", sent.error);
         assert_eq!(arrived.ending == Ending::Running, !grows, "{:?}", arrived.error);
     }
-    let mut there = vec![0; MOST as usize];
-    far.region().span(0, MOST).unwrap().copy_to(&mut there);
+    let mut there = vec![0; MAX_LEN as usize];
+    far.region().span(0, MAX_LEN).unwrap().copy_to(&mut there);
     assert!(there.iter().all(|byte| *byte == 5));
 }
 
@@ -224,8 +224,8 @@ fn pages_that_compress_on_channels_make_no_empty_rounds() {
     let ram = from.region(BlockIndex(0)).unwrap().span(0, 2048 * 4096).unwrap();
     ram.copy_from(&vec![7; 2048 * 4096]);
     let stop = Stop::on(&CancelToken::default());
-    let packing = "zstd".parse().unwrap();
-    let channels = ChannelOptions { count: 4, packing, ..ChannelOptions::default() };
+    let compression = "zstd".parse().unwrap();
+    let channels = ChannelOptions { count: 4, compression, ..ChannelOptions::default() };
     let options = ConnectionOptions { channels, ..ConnectionOptions::default() };
     let at = "tcp:127.0.0.1:0".parse().unwrap();
     let mut listener = Listener::bind(&at, AllowList::default(), &stop).unwrap();
@@ -233,7 +233,7 @@ fn pages_that_compress_on_channels_make_no_empty_rounds() {
     let machine = Machine::running(b"devices");
     let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(Heavy(machine)) };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     settings.downtime_limit = Duration::from_millis(50);
     let source = SourceSession::new(guest, connection, settings).spawn().unwrap();
     let connection = listener.accept_connection(&options, &stop).unwrap();

@@ -20,7 +20,7 @@ fn saved(from: &Arc<MappedGuest>, path: &std::path::Path, step: i64) -> (SourceR
     link.break_at(step);
     let sent = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(machine.clone()) };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     (SourceSession::new(sent, SourceConnection::new(Box::new(link), None), settings).run(), machine)
 }
 

@@ -142,7 +142,7 @@ pub(super) fn ends_with(set: impl FnOnce(&mut SourceSettings)) -> Ends {
     let destination_machine = Machine::default();
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.verify = Verify::Full;
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     set(&mut settings);
     let link = Box::new(InlineLink::new(plain(&near), from.clone()));
     let connection = SourceConnection::new(link, Some(plain(&near)));
@@ -181,13 +181,13 @@ fn a_guest_moves_between_two_ramwires() {
 /// No source could report a write; nothing is sent and the guest is not touched.
 #[test]
 fn a_guest_that_may_write_needs_a_dirty_source() {
-    let ends = ends_with(|settings| settings.guest_stands_still = false);
+    let ends = ends_with(|settings| settings.guest_is_paused = false);
     let destination = ends.destination.spawn().unwrap();
     let sent = ends.source.run();
     let error = sent.error.as_ref().unwrap();
     assert!(sent.guest_is_safe_here() && ends.source_machine.runs());
     assert_eq!((error.kind(), sent.statistics.transferred), (ErrorKind::Config, 0));
-    assert!(crate::error::Chain(error).to_string().contains("guest_stands_still"), "{error}");
+    assert!(crate::error::Chain(error).to_string().contains("guest_is_paused"), "{error}");
     drop(sent);
     assert_eq!(destination.wait().unwrap().ending, Ending::Discarded);
 }
@@ -262,13 +262,13 @@ fn a_limit_is_changed_while_it_holds() {
     assert_eq!(destination.wait().unwrap().ending, Ending::Running);
 }
 
-struct StandsStill;
+struct NotResumed;
 
-impl crate::session::Upstream for StandsStill {
+impl crate::session::Upstream for NotResumed {
     fn wait(&mut self, _time: std::time::Duration) -> Result<crate::session::News, crate::session::Error> {
         Ok(crate::session::News::Stopped)
     }
-    fn wait_given(
+    fn wait_for_ownership(
         &mut self,
         _: crate::engine::Handover,
         _time: std::time::Duration,
@@ -288,7 +288,7 @@ fn throttling_that_can_not_work_are_refused() {
     ] {
         let ends = ends();
         ends.source.control().set_throttling(Some(means)).unwrap();
-        let source = if relays { ends.source.with_upstream(Box::new(StandsStill)) } else { ends.source };
+        let source = if relays { ends.source.with_upstream(Box::new(NotResumed)) } else { ends.source };
         let sent = source.run();
         let text = sent.error.as_ref().map(ToString::to_string).unwrap_or_default();
         assert!(text.contains(if relays { "ask that source" } else { "use auto-converge" }), "{text}");

@@ -47,7 +47,7 @@ fn an_outage_behind_commit_that_ends_within_the_finish_timeout_leaves_no_doubt()
     let channel = |socket: TcpStream| StreamChannel::from_fd(socket.into(), "peer", &options).unwrap();
     let (memory, machine) = (guest(&[30]), Machine::running(b"devices"));
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     let connection = SourceConnection::over(channel(near), memory.clone());
     let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(machine.clone()) };
     let there = Machine::default();

@@ -105,8 +105,8 @@ impl Upstream for Embedder {
         self.call("wait");
         Ok(News::Stopped)
     }
-    fn wait_given(&mut self, _: crate::engine::Handover, _: Duration) -> Result<bool, Error> {
-        self.call("wait_given");
+    fn wait_for_ownership(&mut self, _: crate::engine::Handover, _: Duration) -> Result<bool, Error> {
+        self.call("wait_for_ownership");
         Ok(true)
     }
 }
@@ -123,7 +123,7 @@ fn migrate(at_source: Option<&'static str>, at_destination: Option<&'static str>
     let there = embedder(at_destination, &ends.destination_machine, &ends.to);
     ends.source.guest_mut().control = Box::new(here.clone());
     ends.source.guest_mut().dirty = vec![Arc::new(here.clone())];
-    if let Some("wait" | "wait_given") = at_source {
+    if let Some("wait" | "wait_for_ownership") = at_source {
         ends.source = ends.source.with_upstream(Box::new(here.clone()));
     }
     ends.source.statistics().listen(move |event| match event.kind {
@@ -173,7 +173,7 @@ fn a_panic_of_the_source_before_commit_leaves_the_guest_running_there() {
         "sync_into",
         "reprotect",
         "wait",
-        "wait_given",
+        "wait_for_ownership",
         "listen: setup",
         "listen: round",
         "listen: switchover",

@@ -58,7 +58,7 @@ fn moves(from: &Arc<MappedGuest>, passed: Vec<PassedBlock>, vmm: Vmm) -> Moved {
     let (near, far) = UnixStream::pair().unwrap();
     let source = Machine::running(b"devices");
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(source.clone()) };
     let connection = SourceConnection::over(channel(near), from.clone());
     let arriving = DestinationGuest { memory: Box::new(vmm.clone()), control: Box::new(vmm.clone()) };

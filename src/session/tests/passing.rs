@@ -179,7 +179,7 @@ fn moves_over(
 ) -> Moved {
     let source = Machine::running(b"devices");
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     settings.verify = Verify::Full;
     set(&mut settings);
     let given = Arc::clone(&vmm.given);
@@ -372,7 +372,7 @@ fn descriptors_that_are_not_what_was_said_start_no_guest() {
         (vec![("ram", 0, 4096, vec![memfd()])], "4096 of them were passed"),
         (vec![("other", 0, LEN, vec![memfd()])], "no block of this name"),
         (vec![("ram", 0, LEN, vec![memfd()]), ("ram", 0, LEN, vec![memfd()])], "twice"),
-        (vec![("ram", 0, LEN, (0..17).map(|_| memfd()).collect())], "descriptors came"),
+        (vec![("ram", 0, LEN, (0..17).map(|_| memfd()).collect())], "descriptors arrived"),
     ];
     for (parts, due) in cases {
         let text = refused(true, true, &parts, &[]);

@@ -167,7 +167,7 @@ fn setup(
     let back = Box::new(Back { inner: plain(&near), said: said.clone() });
     let machine = Machine::running(b"devices");
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     settings.postcopy = Some(PostcopySettings::new(PostcopyRule::OnCommand));
     let guest = SourceGuest { memory: from, dirty: Vec::new(), control: Box::new(machine.clone()) };
     let connection = SourceConnection::new(Box::new(link), Some(back));

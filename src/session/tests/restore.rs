@@ -67,7 +67,7 @@ fn save_by(
     path: &Path,
 ) {
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    settings.guest_stands_still = dirty.is_empty();
+    settings.guest_is_paused = dirty.is_empty();
     settings.all_dirty_at_start = dirty.is_empty();
     let sent = SourceGuest { memory: from.clone(), dirty, control: Box::new(control) };
     let link = MappedLink::create(path, from.clone());

@@ -65,7 +65,7 @@ fn migrate(
         SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(Machine::default()) };
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
     settings.migration_id = random_id();
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     let source = SourceSession::new(guest, connection, settings).spawn().unwrap();
     let connection = listener.accept_connection(&options, &stop).unwrap();
     let arriving = DestinationSession::new(

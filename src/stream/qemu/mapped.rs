@@ -153,7 +153,7 @@ pub fn decode_bitmap(input: &[u8], name: &str, pages: u64) -> Result<PageBitmap,
         && !pages.is_multiple_of(64)
         && last >> (pages % 64) != 0
     {
-        let (field, why) = ("the last word of the bitmap", "it has pages behind the block's end");
+        let (field, why) = ("the last word of the bitmap", "it has pages beyond the block's end");
         let fault = Fault::MappedRam { name: name.into(), field, value: *last, why };
         return Err(DecodeError::corrupt(needed - 8, fault));
     }
@@ -269,7 +269,7 @@ mod tests {
             decode_bitmap(&bytes[..15], "m", 70),
             Err(DecodeError::Truncated { needed: 16, have: 15 })
         );
-        let behind = wrong(8, "the last word of the bitmap", 0x20, "it has pages behind the block's end");
+        let behind = wrong(8, "the last word of the bitmap", 0x20, "it has pages beyond the block's end");
         assert_eq!(decode_bitmap(&bytes, "m", 69), Err(behind));
         assert_eq!(
             decode_bitmap(&[], "m", u64::MAX),

@@ -160,7 +160,7 @@ impl PlainStream {
         let most = config.limits.tail_bytes.saturating_mul(2);
         let mut stream = IncomingStream::new(config);
         let mut made = Making::default();
-        let mut buffer = vec![0; READ.max(stream.most_needed())];
+        let mut buffer = vec![0; READ.max(stream.max_needed())];
         let (mut start, mut end) = (0, 0);
         loop {
             match stream.next(&buffer[start..end]).map_err(not_ended)? {
@@ -176,7 +176,7 @@ impl PlainStream {
                         start = start.saturating_add(skipped).min(end);
                     }
                     if made.bytes.len() > most {
-                        let what = "the length of the stream beside the pages";
+                        let what = "the length of the stream without the pages";
                         let fault = Fault::Limit { what, value: made.bytes.len() as u64, limit: most as u64 };
                         return Err(DecodeError::corrupt(0, fault).based(stream.position()).into());
                     }
@@ -232,7 +232,7 @@ impl Making {
                 self.places.push(Places { block: block.clone(), header: *header });
             }
             Event::Blocks(_) if self.listed => {
-                let (what, why) = ("a second list of blocks", "their places were told already");
+                let (what, why) = ("a second list of blocks", "their offsets were given already");
                 return Err(Fault::OutOfOrder { what, why });
             }
             Event::Blocks(blocks) => {
@@ -423,7 +423,7 @@ impl ToMapped {
             self.put(&out);
             let here = self.at.saturating_add(MAPPED_HEADER_LEN as u64);
             let header = MappedHeader::behind(here, block.used_length, self.page).ok_or_else(|| {
-                let why = "its places would lie behind the largest offset";
+                let why = "its offsets would be larger than any file";
                 Fault::BlockLength { name: block.name.as_str().into(), length: block.used_length, why }
             })?;
             out.clear();

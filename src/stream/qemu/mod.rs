@@ -12,7 +12,7 @@
 //! | [`cpr`] | the names of descriptors that are passed ahead of a migration (cpr-transfer) |
 //! | [`early`] | sections other than RAM that must be skipped |
 //! | [`tail`], [`vmdesc`], [`state`] | device sections: where they end, how they are split and stored |
-//! | [`multifd`], [`packed`], [`channel`] | packets of the multifd channels, their compression, and one such channel |
+//! | [`multifd`], [`page_compression`], [`channel`] | packets of the multifd channels, their compression, and one such channel |
 //! | [`package`] | the device state of a switchover to postcopy |
 //! | [`return_path`] | messages back to the source |
 //! | [`style`] | differences between senders |
@@ -31,8 +31,8 @@ pub mod mapped_stream;
 pub mod multifd;
 pub mod own_devices;
 pub mod package;
-pub mod packed;
 pub mod packet_numbers;
+pub mod page_compression;
 pub mod ram;
 pub mod return_path;
 pub mod section;

@@ -23,7 +23,7 @@ pub struct MissingPackets {
     /// Number of packets that the highest number implies.
     pub sent: u64,
     /// The packets that have arrived.
-    pub came: u64,
+    pub arrived: u64,
 }
 
 impl PacketNumbers {
@@ -49,7 +49,11 @@ impl PacketNumbers {
     /// [`MissingPackets`]: this end does not read one of the channels. A source whose numbers do not count packets is
     /// trusted.
     pub fn check(&self) -> Result<(), MissingPackets> {
-        if self.used >= self.end { Ok(()) } else { Err(MissingPackets { sent: self.end, came: self.used }) }
+        if self.used >= self.end {
+            Ok(())
+        } else {
+            Err(MissingPackets { sent: self.end, arrived: self.used })
+        }
     }
 }
 
@@ -69,7 +73,7 @@ mod tests {
         let mut seen = numbers(&[(0, true, false), (1, true, false)]);
         assert_eq!(seen.check(), Ok(()));
         seen.add(numbers(&[(3, false, true), (5, true, false), (6, true, false)]));
-        assert_eq!(seen.check(), Err(MissingPackets { sent: 7, came: 5 }));
+        assert_eq!(seen.check(), Err(MissingPackets { sent: 7, arrived: 5 }));
         seen.add(numbers(&[(2, true, false), (4, false, true)]));
         assert_eq!(seen.check(), Ok(()));
     }

@@ -93,18 +93,6 @@ pub enum Phase {
     Full,
 }
 
-impl Phase {
-    /// The type byte.
-    pub fn type_byte(self) -> u8 {
-        match self {
-            Self::Start => START,
-            Self::Part => PART,
-            Self::End => END,
-            Self::Full => FULL,
-        }
-    }
-}
-
 /// Header of a START or FULL section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SectionName<'a> {

@@ -42,7 +42,7 @@ impl DeltaCacheSize {
 
 /// What a page travels as.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Travels<'a> {
+pub(super) enum SentAs<'a> {
     /// Not at all: the destination has this content.
     NotAtAll,
     /// The encoding of its difference.
@@ -191,16 +191,16 @@ impl DeltaCache {
     }
 
     /// How to send page number `page`, which reads as `span`; the page is copied first.
-    pub(super) fn page(&mut self, page: u64, span: HostSpan<'_>) -> Travels<'_> {
-        let Some(store) = &mut self.store else { return Travels::Whole };
+    pub(super) fn page(&mut self, page: u64, span: HostSpan<'_>) -> SentAs<'_> {
+        let Some(store) = &mut self.store else { return SentAs::Whole };
         let at = store.slot_of(page);
         if store.slots[at].page != page + 1 {
             self.counts.cache_misses += 1;
             if self.last_round || !store.slots[at].claim(page, self.generation) {
-                return Travels::Whole;
+                return SentAs::Whole;
             }
             span.copy_to(store.copy_mut(at));
-            return Travels::Copy(store.copy(at));
+            return SentAs::Copy(store.copy(at));
         }
         store.slots[at].used = self.generation;
         span.copy_to(&mut self.new);
@@ -208,7 +208,7 @@ impl DeltaCache {
         match found {
             Encoded::Unchanged => {
                 self.counts.unchanged += 1;
-                return Travels::NotAtAll;
+                return SentAs::NotAtAll;
             }
             Encoded::Overflow => {
                 self.counts.overflows += 1;
@@ -223,8 +223,8 @@ impl DeltaCache {
             store.copy_mut(at).copy_from_slice(&self.new);
         }
         match found {
-            Encoded::Delta(len) => Travels::Delta(&self.encoded[..len]),
-            _ => Travels::Copy(&self.new),
+            Encoded::Delta(len) => SentAs::Delta(&self.encoded[..len]),
+            _ => SentAs::Copy(&self.new),
         }
     }
 
@@ -262,12 +262,12 @@ mod tests {
         let span = |page: usize| memory.region().span((page * PAGE) as u64, PAGE as u64).unwrap();
         let mut cache = cache(4);
         span(1).copy_from(&[7; PAGE]);
-        assert_eq!(cache.page(1, span(1)), Travels::Copy(&[7; PAGE]));
+        assert_eq!(cache.page(1, span(1)), SentAs::Copy(&[7; PAGE]));
         span(1).copy_from(&[9; 3]);
-        assert_eq!(cache.page(1, span(1)), Travels::Delta(&[0, 3, 9, 9, 9]));
-        assert_eq!(cache.page(1, span(1)), Travels::NotAtAll);
+        assert_eq!(cache.page(1, span(1)), SentAs::Delta(&[0, 3, 9, 9, 9]));
+        assert_eq!(cache.page(1, span(1)), SentAs::NotAtAll);
         span(1).copy_from(&[1; PAGE]);
-        assert_eq!(cache.page(1, span(1)), Travels::Copy(&[1; PAGE]), "too different");
+        assert_eq!(cache.page(1, span(1)), SentAs::Copy(&[1; PAGE]), "too different");
         let DeltaCounts { pages, bytes, unchanged, cache_misses, overflows, cache_size } = cache.counts;
         assert_eq!((pages, bytes, unchanged, cache_misses, overflows), (1, 5 + PAGE as u64, 1, 1, 1));
         assert_eq!(cache_size, 4 * PAGE as u64);
@@ -279,17 +279,17 @@ mod tests {
         let span = |page: usize| memory.region().span((page * PAGE) as u64, PAGE as u64).unwrap();
         let mut cache = cache(4);
         cache.zero(1);
-        assert_eq!(cache.page(5, span(5)), Travels::Whole, "its place is page 1's");
+        assert_eq!(cache.page(5, span(5)), SentAs::Whole, "its place is page 1's");
         cache.round(false);
-        assert_eq!(cache.page(5, span(5)), Travels::Whole);
+        assert_eq!(cache.page(5, span(5)), SentAs::Whole);
         cache.round(false);
         span(5).copy_from(&[5; PAGE]);
-        assert_eq!(cache.page(5, span(5)), Travels::Copy(&[5; PAGE]));
+        assert_eq!(cache.page(5, span(5)), SentAs::Copy(&[5; PAGE]));
         cache.zero(5);
         cache.round(true);
-        assert_eq!(cache.page(2, span(2)), Travels::Whole, "not taken in any more");
+        assert_eq!(cache.page(2, span(2)), SentAs::Whole, "not taken in any more");
         span(5).copy_from(&[0; PAGE]);
-        assert_eq!(cache.page(5, span(5)), Travels::NotAtAll, "its zeros were kept");
+        assert_eq!(cache.page(5, span(5)), SentAs::NotAtAll, "its zeros were kept");
     }
 
     #[test]
@@ -303,18 +303,18 @@ mod tests {
         assert_eq!(cache.counts.cache_size, 4 * PAGE as u64, "a power of two");
         cache.page(0, span(0));
         size.set(u64::MAX);
-        assert_eq!(cache.page(0, span(0)), Travels::NotAtAll);
+        assert_eq!(cache.page(0, span(0)), SentAs::NotAtAll);
         assert_eq!(cache.counts.cache_size, 4 * PAGE as u64, "not within a round");
         cache.round(false);
         assert_eq!(cache.counts.cache_size, 8 * PAGE as u64, "no more than the guest has");
-        assert_eq!(cache.page(0, span(0)), Travels::NotAtAll);
-        assert!(matches!(cache.page(4, span(4)), Travels::Copy(_)), "a place of its own now");
+        assert_eq!(cache.page(0, span(0)), SentAs::NotAtAll);
+        assert!(matches!(cache.page(4, span(4)), SentAs::Copy(_)), "a place of its own now");
         cache.round(false);
-        assert_eq!(cache.page(4, span(4)), Travels::NotAtAll);
+        assert_eq!(cache.page(4, span(4)), SentAs::NotAtAll);
         size.set(PAGE as u64);
         cache.round(false);
-        assert_eq!(cache.page(4, span(4)), Travels::NotAtAll, "used later than page 0");
-        assert_eq!(cache.page(0, span(0)), Travels::Whole);
+        assert_eq!(cache.page(4, span(4)), SentAs::NotAtAll, "used later than page 0");
+        assert_eq!(cache.page(0, span(0)), SentAs::Whole);
         size.set(0);
         cache.round(false);
         assert!(!cache.is_active() && cache.counts.cache_size == 0);
@@ -353,10 +353,10 @@ mod tests {
                         continue;
                     }
                     match cache.page(page as u64, span(page)) {
-                        Travels::NotAtAll => {}
-                        Travels::Delta(bytes) => decode(bytes, &mut receiver[page]).unwrap(),
-                        Travels::Copy(bytes) => receiver[page].copy_from_slice(bytes),
-                        Travels::Whole => {
+                        SentAs::NotAtAll => {}
+                        SentAs::Delta(bytes) => decode(bytes, &mut receiver[page]).unwrap(),
+                        SentAs::Copy(bytes) => receiver[page].copy_from_slice(bytes),
+                        SentAs::Whole => {
                             span(page).copy_to(&mut receiver[page]);
                         }
                     }

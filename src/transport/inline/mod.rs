@@ -17,7 +17,7 @@ use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop};
 use crate::transport::{ByteSink, MoveError, Offer, Receipt, Returned, SourceLink, Ticket};
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 pub use delta::DeltaCacheSize;
-use delta::{DeltaCache, Travels};
+use delta::{DeltaCache, SentAs};
 pub use destination::InlineDestination;
 
 /// Whole pages in one vectored send: a header and a page each, up to the kernel's limit of parts.
@@ -127,19 +127,19 @@ impl InlinePages {
             return chunk.pages.push((self.headers.len(), page));
         };
         match deltas.page(number, page) {
-            Travels::NotAtAll => {}
-            Travels::Delta(bytes) => {
+            SentAs::NotAtAll => {}
+            SentAs::Delta(bytes) => {
                 let before = self.headers.len() + WORD;
                 self.write_head(at, Kind::Delta(bytes.len() as u16));
                 let head = self.headers.len() - before;
                 self.headers.extend_from_slice(bytes);
                 deltas.counts.bytes += head as u64;
             }
-            Travels::Copy(bytes) => {
+            SentAs::Copy(bytes) => {
                 self.write_head(at, Kind::Page);
                 self.headers.extend_from_slice(bytes);
             }
-            Travels::Whole => {
+            SentAs::Whole => {
                 self.write_head(at, Kind::Page);
                 chunk.pages.push((self.headers.len(), page));
             }

@@ -63,7 +63,7 @@ impl MappedFile {
     fn locked(path: &Path, starts_at: u64, options: &OpenOptions, how: FlockOperation) -> io::Result<Self> {
         let file = options.open(path)?;
         if !file.metadata()?.is_file() {
-            return Err(io::Error::other("it is no plain file: only there have pages places"));
+            return Err(io::Error::other("it is no regular file, which mapped: needs"));
         }
         match flock(&file, how) {
             // Some file systems do not support locks.

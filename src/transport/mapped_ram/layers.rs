@@ -98,7 +98,7 @@ impl Layers {
         let mut this = Self { layers: vec![layer(first)], chain };
         let mut path = first.file.path().to_owned();
         while let Some(note) = this.chain.next_base().map_err(|error| refused(error, &path))? {
-            path = beside(&path, &note.path);
+            path = in_folder_of(&path, &note.path);
             let opened = open_base(&path, note)?;
             let added = this.chain.add(opened.note.as_ref(), &opened.present);
             added.map_err(|error| refused(error, &path))?;
@@ -144,7 +144,7 @@ impl Layers {
 }
 
 /// Resolves `path` from the folder of `file`.
-pub(super) fn beside(file: &Path, path: &str) -> PathBuf {
+pub(super) fn in_folder_of(file: &Path, path: &str) -> PathBuf {
     file.parent().unwrap_or(Path::new("")).join(path)
 }
 

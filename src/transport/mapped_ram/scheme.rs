@@ -1,13 +1,13 @@
 //! `mapped:PATH[,offset=N]`.
 
 use super::{create, open};
-use crate::stream::qemu::packed::Packing;
+use crate::stream::qemu::page_compression::PageCompression;
 use crate::sys::Stop;
 use crate::transport::open::candidates::Candidates;
 use crate::transport::open::{Endpoint, Opening, Scheme, SchemeAbilities, no_stream, parse_mapped};
 use crate::transport::{
-    Address, ChannelOptions, ConnectionOptions, DestinationConnection, OpenError, SourceConnection,
-    StreamChannel, StreamOptions, Way,
+    Address, ChannelOptions, ChosenTransport, ConnectionOptions, DestinationConnection, OpenError,
+    SourceConnection, StreamChannel, StreamOptions,
 };
 
 pub(in crate::transport) static SCHEME: Scheme = Scheme {
@@ -27,12 +27,12 @@ fn write(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     check_plain_pages(address, channels)?;
     let (path, offset) = address.file_at();
     let link = create(path, offset, opening.memory.clone(), channels.count, &channels.spawn)?;
-    Ok(SourceConnection::new(Box::new(link), None).by(Way::named(address)))
+    Ok(SourceConnection::new(Box::new(link), None).by(ChosenTransport::named(address)))
 }
 
 /// In a mapped-ram file pages are stored uncompressed.
 fn check_plain_pages(address: &Address, channels: &ChannelOptions) -> Result<(), OpenError> {
-    if channels.packing == Packing::Plain {
+    if channels.compression == PageCompression::Plain {
         return Ok(());
     }
     Err(OpenError::Compressed { address: address.to_string() })
@@ -57,7 +57,7 @@ impl Endpoint for Stored {
         check_plain_pages(&self.0, channels)?;
         let (path, offset) = self.0.file_at();
         let link = open(path, offset, channels.count, &channels.spawn)?;
-        Ok(DestinationConnection::new(Box::new(link), None).by(Way::named(&self.0)))
+        Ok(DestinationConnection::new(Box::new(link), None).by(ChosenTransport::named(&self.0)))
     }
 
     fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {

@@ -119,7 +119,7 @@ impl ByteSink for MappedSink {
             match part {
                 SendPart::Own(bytes) => self.push(bytes)?,
                 SendPart::Guest(_) => {
-                    let source = io::Error::other("pages have their places, and none is in the stream");
+                    let source = io::Error::other("a mapped-ram file has no pages in its stream");
                     return Err(self.file.failed(WRITING, source));
                 }
             }

@@ -206,7 +206,7 @@ fn s69_s70_s72_a_guest_is_saved_in_rounds_and_loaded_over_old_memory() {
         let placer = load(source, &there).unwrap();
         assert!(there.bytes() == guest.bytes(), "from {starts_at}");
         assert_eq!((placer.counts().normal, placer.counts().zero), (present, PAGES + 3 - present));
-        assert_eq!(placer.never_came(), 0);
+        assert_eq!(placer.missing_pages(), 0);
     }
 }
 

@@ -11,18 +11,19 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded}
 use super::ChannelOptions;
 use super::counter::PageCounter;
 use super::numa::Placement;
-use super::receiver::{Common, PageReceiver, Told};
+use super::receiver::{ChannelEvent, Common, PageReceiver};
 use crate::error::Chain;
 use crate::guest::{PageWriter, Placer};
 use crate::observe::PageCounts;
 use crate::stream::qemu::channel::Channel;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
-use crate::stream::qemu::packed::PacketInflater;
 use crate::stream::qemu::packet_numbers::MissingPackets;
+use crate::stream::qemu::page_compression::PacketInflater;
 use crate::stream::{Corrupt, DecodeError, Fault};
 use crate::sys::{CancelToken, Lock as _, RecvPart, Stop, StopReason};
 use crate::transport::{
-    ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError, StreamChannel,
+    ByteSource, ChannelError, DestinationAbilities, DestinationLink, LiveBytes, MoveError, ReadHints,
+    StreamChannel,
 };
 
 /// Longest time between two checks of the other channels.
@@ -39,7 +40,7 @@ pub struct MultifdDestination {
     placement: Placement,
     stall: Option<Duration>,
     /// The source may be silent: it is between two rounds.
-    quiet: bool,
+    may_be_silent: bool,
     running: Option<Running>,
     /// Bytes that arrived on page channels.
     bytes: Arc<AtomicU64>,
@@ -47,7 +48,7 @@ pub struct MultifdDestination {
 
 struct Running {
     common: Arc<Common>,
-    told: Receiver<Told>,
+    events: Receiver<ChannelEvent>,
     releases: Vec<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
     cancel: CancelToken,
@@ -80,19 +81,19 @@ impl MultifdDestination {
             options,
             placement,
             stall,
-            quiet: false,
+            may_be_silent: false,
             running: None,
             bytes: Arc::default(),
         }
     }
 
-    fn look(&self, progress: &mut Progress, doing: &'static str) -> Result<(), ChannelError> {
+    fn check_progress(&self, progress: &mut Progress, doing: &'static str) -> Result<(), ChannelError> {
         let (bytes, now) = (self.channel_bytes(), Instant::now());
         if bytes != progress.bytes {
             *progress = Progress { bytes, since: now };
         }
         // A source that has sent packets that don't arrive waits for a channel that is not read.
-        match self.stall.filter(|_| !self.quiet || self.missing_packets().is_some()) {
+        match self.stall.filter(|_| !self.may_be_silent || self.missing_packets().is_some()) {
             Some(after) if now.duration_since(progress.since) >= after => {
                 Err(ChannelError::Stalled { peer: self.main.peer().to_owned(), doing, after })
             }
@@ -102,19 +103,19 @@ impl MultifdDestination {
 }
 
 impl Running {
-    fn take(&mut self, told: Told) -> Result<(), MoveError> {
-        match told {
-            Told::AtBarrier => self.at_barrier += 1,
-            Told::Closed => self.closed += 1,
-            Told::Failed(error) => return Err(error),
+    fn take(&mut self, event: ChannelEvent) -> Result<(), MoveError> {
+        match event {
+            ChannelEvent::AtBarrier => self.at_barrier += 1,
+            ChannelEvent::Closed => self.closed += 1,
+            ChannelEvent::Failed(error) => return Err(error),
         }
         Ok(())
     }
 
     /// Takes the reports that the channels have sent meanwhile.
     fn take_reports(&mut self) -> Result<(), MoveError> {
-        while let Ok(told) = self.told.try_recv() {
-            self.take(told)?;
+        while let Ok(event) = self.events.try_recv() {
+            self.take(event)?;
         }
         Ok(())
     }
@@ -144,15 +145,15 @@ impl ByteSource for MultifdDestination {
                 Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })
                     if stop.reason().is_none() =>
                 {
-                    self.look(&mut progress, RECEIVING)?;
+                    self.check_progress(&mut progress, RECEIVING)?;
                 }
                 received => return received,
             }
         }
     }
 
-    fn set_quiet(&mut self, quiet: bool) {
-        self.quiet = quiet;
+    fn set_hints(&mut self, hints: ReadHints) {
+        self.may_be_silent = hints.may_be_silent;
     }
 
     fn want_descriptors(&mut self, wanted: bool) -> bool {
@@ -163,9 +164,9 @@ impl ByteSource for MultifdDestination {
         self.main.next_descriptor()
     }
 
-    fn outlast(&mut self, limit: Duration) {
+    fn tolerate_outage(&mut self, limit: Duration) {
         self.stall = None;
-        ByteSource::outlast(&mut self.main, limit);
+        ByteSource::tolerate_outage(&mut self.main, limit);
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
@@ -198,8 +199,8 @@ impl DestinationLink for MultifdDestination {
     /// There is memory now: starts to read.
     fn announce(&mut self, placer: &Arc<Placer>, blocks: &AnnouncedBlocks) -> Result<(), MoveError> {
         let page = placer.memory().table().page();
-        let (tell, told) = unbounded();
-        let method = self.options.packing.method();
+        let (sender, events) = unbounded();
+        let method = self.options.compression.method();
         let count = self.options.count;
         let common = Common {
             placer: Arc::clone(placer),
@@ -215,7 +216,7 @@ impl DestinationLink for MultifdDestination {
         let common = Arc::new(common);
         let mut running = Running {
             common: Arc::clone(&common),
-            told,
+            events,
             releases: Vec::new(),
             threads: Vec::new(),
             cancel: CancelToken::default(),
@@ -236,7 +237,7 @@ impl DestinationLink for MultifdDestination {
                     Ok(inflater) => inflater,
                     Err(source) => return Err(failed(source).into()),
                 },
-                told: tell.clone(),
+                events: sender.clone(),
                 release: released,
                 stop: Stop::on(&running.cancel),
                 head: Vec::new(),
@@ -266,10 +267,10 @@ impl DestinationLink for MultifdDestination {
                 let peer = format!("a page channel of {}", self.main.peer());
                 return Err(ChannelError::Closed { peer, doing: AT_BARRIER }.into());
             }
-            match running.told.recv_timeout(POLL_INTERVAL) {
-                Ok(told) => running.take(told)?,
+            match running.events.recv_timeout(POLL_INTERVAL) {
+                Ok(event) => running.take(event)?,
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                    self.look(&mut progress, AT_BARRIER)?;
+                    self.check_progress(&mut progress, AT_BARRIER)?;
                 }
             }
             if let Some(reason) = stop.reason() {

@@ -27,7 +27,7 @@ const REFUSED_WITHIN: Duration = Duration::from_secs(5);
 
 /// What the beginning of main shows.
 #[derive(Debug, PartialEq, Eq)]
-enum Told {
+enum Announced {
     /// Not enough bytes have arrived.
     Open,
     /// The source is a ramwire and has this many page channels.
@@ -60,13 +60,13 @@ pub(in crate::transport) fn accept(
         came.pages.retain(|channel| !was_abandoned(channel));
         match (&came.main, came.pages.len()) {
             (Some(_), pages) if pages == usize::from(count) => break,
-            (Some(main), pages) => match told(main) {
-                Told::Channels(theirs) => {
+            (Some(main), pages) => match announced(main) {
+                Announced::Channels(theirs) => {
                     if let Err(mismatch) = agree_on_channels(theirs, count) {
                         return Err(came.refuse(mismatch));
                     }
                 }
-                Told::Nothing if pages > usize::from(count) => {
+                Announced::Nothing if pages > usize::from(count) => {
                     return Err(wrong(format!("the source has more than {count} page channels")));
                 }
                 _ => {}
@@ -132,8 +132,8 @@ impl Came {
     /// them would only break its connections.
     fn refuse(self, mismatch: ChannelMismatch) -> OpenError {
         let why = mismatch.to_string();
-        let told = self.main.map_or(Ok(()), |main| tell_refused(main, &why));
-        if let Err(error) = told {
+        let sent = self.main.map_or(Ok(()), |main| tell_refused(main, &why));
+        if let Err(error) = sent {
             tracing::warn!(%error, "the source may not know why it was refused");
         }
         mismatch.into()
@@ -147,7 +147,7 @@ fn was_abandoned(channel: &StreamChannel) -> bool {
 }
 
 /// Whether main begins with a ramwire's greeting, which is left to be read later.
-fn told(main: &StreamChannel) -> Told {
+fn announced(main: &StreamChannel) -> Announced {
     let mut head = [0; GREETING_WITHIN];
     // If the connection has failed, the next read returns the error.
     let have = main.peek(&mut head).unwrap_or(0);
@@ -155,22 +155,22 @@ fn told(main: &StreamChannel) -> Told {
     let (mut at, mut greeted) = (0, false);
     while let Ok(step) = stream.next(&head[at..have]) {
         match step {
-            Step::NeedMore { .. } if have < head.len() => return Told::Open,
-            Step::NeedMore { .. } => return Told::Nothing,
+            Step::NeedMore { .. } if have < head.len() => return Announced::Open,
+            Step::NeedMore { .. } => return Announced::Nothing,
             Step::Event { consumed, event } => {
                 at += consumed;
                 match event {
                     Event::Configuration(_) | Event::Command(Command::OpenReturnPath) => {}
                     Event::Command(Command::Ping(GREETING)) => greeted = true,
                     Event::Command(Command::Ping(value)) if greeted => {
-                        return channels_of_ping(value).map_or(Told::Nothing, Told::Channels);
+                        return channels_of_ping(value).map_or(Announced::Nothing, Announced::Channels);
                     }
-                    _ => return Told::Nothing,
+                    _ => return Announced::Nothing,
                 }
             }
         }
     }
-    Told::Nothing
+    Announced::Nothing
 }
 
 /// Sends REFUSED and waits until the source has closed: closing with unread bytes would be a reset, which may overtake

@@ -32,18 +32,19 @@ pub use source::MultifdLink;
 pub(super) use source::connect;
 
 use crate::error::Remedy;
-use crate::stream::qemu::packed::Packing;
+use crate::stream::qemu::page_compression::PageCompression;
 use crate::sys::{SpawnFn, spawn_thread};
 use crate::transport::StreamChannel;
+use crate::units::{BlockOffset, PageSize};
 
 /// Channels over a network that carry pages, for each core of the source.
-const CARRIERS_A_CORE: usize = 4;
+const ACTIVE_PER_CORE: usize = 4;
 
 /// Maximum number of `channels` that carry pages, if the options do not set it.
-fn carriers_of(channels: &[StreamChannel]) -> usize {
+fn default_active(channels: &[StreamChannel]) -> usize {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let here = channels.iter().all(StreamChannel::stays_within_host);
-    if here { cores } else { CARRIERS_A_CORE * cores }
+    if here { cores } else { ACTIVE_PER_CORE * cores }
 }
 
 /// Page channels of a migration; both ends must use the same settings.
@@ -53,11 +54,11 @@ pub struct ChannelOptions {
     /// Number of page channels, besides the main one; 0: pages are sent in the stream.
     pub count: u8,
     /// How pages are compressed.
-    pub packing: Packing,
+    pub compression: PageCompression,
     /// At a source: maximum number of channels that carry pages; the others only take part in barriers. `None`: one for
     /// each core if all of them end on this host, since more would only take turns; otherwise four for each core, since
     /// a connection over a network also waits for the network.
-    pub carriers: Option<usize>,
+    pub active: Option<usize>,
     /// At a source: how pages get into the sockets' queues. Only copies can be combined with compression. With
     /// [`PageSending::Splice`] the threads make system calls that a seccomp filter must allow (docs/embedding.md).
     pub sending: PageSending,
@@ -73,14 +74,17 @@ pub struct ChannelOptions {
 impl ChannelOptions {
     /// Why pages can't be sent as configured, and the remedy; `None` if they can.
     pub fn no_such_sending(&self) -> Option<(&'static str, Remedy)> {
-        match (self.sending, self.count, self.packing) {
+        match (self.sending, self.count, self.compression) {
             (PageSending::Copy, ..) => None,
             (_, 0, _) => Some((
-                "is for page channels: in the stream each page stands between headers",
+                "needs page channels: in the stream each page has a header of its own",
                 Remedy::CopyPagesOrAskForChannels,
             )),
-            (_, _, Packing::Plain) => None,
-            _ => Some(("sends pages as they lie, not compressed", Remedy::CopyPagesOrDropCompression)),
+            (_, _, PageCompression::Plain) => None,
+            _ => Some((
+                "sends pages straight from guest memory, not compressed",
+                Remedy::CopyPagesOrDropCompression,
+            )),
         }
     }
 }
@@ -90,8 +94,8 @@ impl Default for ChannelOptions {
     fn default() -> Self {
         Self {
             count: 0,
-            packing: Packing::Plain,
-            carriers: None,
+            compression: PageCompression::Plain,
+            active: None,
             sending: PageSending::Copy,
             uuid: [0; 16],
             numa: Numa::Off,
@@ -100,10 +104,24 @@ impl Default for ChannelOptions {
     }
 }
 
+/// The adjacent pages of a packet, as offset and length of each run.
+fn runs_of(offsets: &[BlockOffset], page: PageSize) -> Vec<(BlockOffset, u64)> {
+    let mut runs: Vec<(BlockOffset, u64)> = Vec::new();
+    for offset in offsets {
+        match runs.last_mut() {
+            Some((first, len)) if first.0 + *len == offset.0 => *len += page.bytes(),
+            _ => runs.push((*offset, page.bytes())),
+        }
+    }
+    runs
+}
+
 impl std::fmt::Debug for ChannelOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut out = f.debug_struct("ChannelOptions");
-        out.field("count", &self.count).field("packing", &self.packing).field("sending", &self.sending);
+        out.field("count", &self.count)
+            .field("compression", &self.compression)
+            .field("sending", &self.sending);
         out.field("numa", &self.numa);
         out.finish_non_exhaustive()
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use crate::guest::GuestMemory;
 use crate::sys::{
-    Job, NumaNode, cpu_list, keep_to_cpus, node_of_address, nodes_of_pages, numa_nodes, own_cpus,
+    Job, NumaNode, cpu_list, node_of_address, nodes_of_pages, numa_nodes, own_cpus, set_cpu_affinity,
 };
 use crate::transport::StreamChannel;
 use crate::units::BlockIndex;
@@ -94,7 +94,7 @@ impl Placement {
             return Self::default();
         }
         let own = own_cpus().unwrap_or_else(|error| {
-            tracing::warn!(%error, "threads of page channels are kept to no NUMA node");
+            tracing::warn!(%error, "threads of page channels are bound to no NUMA node");
             Vec::new()
         });
         let nic = channels.first().and_then(local_address).and_then(node_of_address);
@@ -111,7 +111,7 @@ impl Placement {
         let nodes = Arc::clone(&self.0);
         Box::new(move || {
             let node = &nodes[at];
-            match keep_to_cpus(&node.cpus) {
+            match set_cpu_affinity(&node.cpus) {
                 Ok(true) => {}
                 Ok(false) => tracing::debug!(node.number, "a page channel's thread was started elsewhere"),
                 Err(error) => tracing::warn!(%error, node.number, "a page channel's thread runs anywhere"),

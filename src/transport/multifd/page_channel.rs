@@ -104,11 +104,11 @@ impl Tally {
 #[derive(Debug)]
 pub(super) struct PageChannel {
     channel: StreamChannel,
-    way: Way,
+    way: SendPath,
 }
 
 #[derive(Debug)]
-enum Way {
+enum SendPath {
     Copy,
     Splice(Splicing),
     Lend(Lending),
@@ -118,13 +118,13 @@ impl PageChannel {
     /// Uses copies if the kernel does not support the tally's method.
     pub(super) fn new(channel: StreamChannel, tally: &Tally) -> Self {
         let way = match tally {
-            Tally::Copy => Way::Copy,
-            Tally::Splice(tally) => Splicing::over(&channel, tally).map_or(Way::Copy, Way::Splice),
+            Tally::Copy => SendPath::Copy,
+            Tally::Splice(tally) => Splicing::over(&channel, tally).map_or(SendPath::Copy, SendPath::Splice),
             Tally::ZeroCopy(tally) => match allow_zero_copy(channel.end().0.fd.as_fd()) {
-                Ok(()) => Way::Lend(Lending::new(Arc::clone(tally))),
+                Ok(()) => SendPath::Lend(Lending::new(Arc::clone(tally))),
                 Err(error) => {
                     tally.switch.turn_off(format!("{} can't: {error}", channel.peer()));
-                    Way::Copy
+                    SendPath::Copy
                 }
             },
         };
@@ -143,9 +143,9 @@ impl PageChannel {
     /// True while the kernel may read pages after they are sent: no other bytes may be in the same call.
     pub(super) fn sends_apart(&self) -> bool {
         match &self.way {
-            Way::Copy => false,
-            Way::Splice(splicing) => splicing.is_on(),
-            Way::Lend(lending) => lending.is_on(),
+            SendPath::Copy => false,
+            SendPath::Splice(splicing) => splicing.is_on(),
+            SendPath::Lend(lending) => lending.is_on(),
         }
     }
 
@@ -157,9 +157,9 @@ impl PageChannel {
         stop: &Stop,
     ) -> Result<(), ChannelError> {
         match &mut self.way {
-            Way::Copy => self.channel.send(parts, stop),
-            Way::Splice(splicing) => splicing.send_head(&mut self.channel, parts, more, stop),
-            Way::Lend(lending) => lending.send_copied(&mut self.channel, parts, stop),
+            SendPath::Copy => self.channel.send(parts, stop),
+            SendPath::Splice(splicing) => splicing.send_head(&mut self.channel, parts, more, stop),
+            SendPath::Lend(lending) => lending.send_copied(&mut self.channel, parts, stop),
         }
     }
 
@@ -167,30 +167,30 @@ impl PageChannel {
     /// mark.
     pub(super) fn send_pages(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<u64, ChannelError> {
         match &mut self.way {
-            Way::Copy => self.channel.send(parts, stop).map(|()| 0),
-            Way::Splice(splicing) => splicing.send_pages(&mut self.channel, parts, stop).map(|()| 0),
-            Way::Lend(lending) => lending.lend(&mut self.channel, parts, stop),
+            SendPath::Copy => self.channel.send(parts, stop).map(|()| 0),
+            SendPath::Splice(splicing) => splicing.send_pages(&mut self.channel, parts, stop).map(|()| 0),
+            SendPath::Lend(lending) => lending.lend(&mut self.channel, parts, stop),
         }
     }
 
     /// Announces that nothing follows, if the connection has a message for it.
-    pub(super) fn say_end(&self) {
+    pub(super) fn send_end(&self) {
         self.channel.say_end_at_once();
     }
 
     /// True if the kernel no longer uses any pages up to `mark`. Checks for receipts and does not wait.
     pub(super) fn is_done(&mut self, mark: u64) -> Result<bool, ChannelError> {
         match &mut self.way {
-            Way::Copy | Way::Splice(_) => Ok(true),
-            Way::Lend(lending) => lending.is_done(&self.channel, mark),
+            SendPath::Copy | SendPath::Splice(_) => Ok(true),
+            SendPath::Lend(lending) => lending.is_done(&self.channel, mark),
         }
     }
 
     /// Waits until some lent pages are returned, if there are any.
     pub(super) fn await_some(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         match &mut self.way {
-            Way::Copy | Way::Splice(_) => Ok(()),
-            Way::Lend(lending) => lending.await_some(&self.channel, stop),
+            SendPath::Copy | SendPath::Splice(_) => Ok(()),
+            SendPath::Lend(lending) => lending.await_some(&self.channel, stop),
         }
     }
 }

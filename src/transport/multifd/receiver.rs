@@ -14,12 +14,12 @@ use crate::stream::DecodeError;
 use crate::stream::qemu::channel::{Channel, ChannelStep};
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::multifd::{INIT_LEN, header_len};
-use crate::stream::qemu::packed::PacketInflater;
 use crate::stream::qemu::packet_numbers::PacketNumbers;
+use crate::stream::qemu::page_compression::PacketInflater;
 use crate::stream::{Corrupt, Fault};
 use crate::sys::{HostSpan, Lock as _, RecvPart, Stop};
 use crate::transport::{ByteSource, ChannelError, MoveError, StreamChannel};
-use crate::units::{BlockOffset, PageSize};
+use crate::units::PageSize;
 
 /// Spans of guest memory that one read fills at most.
 const SPANS: usize = 32;
@@ -30,7 +30,7 @@ const BUFFER: usize = 128 << 10;
 
 /// A report of a channel's thread.
 #[derive(Debug)]
-pub(super) enum Told {
+pub(super) enum ChannelEvent {
     /// It has reached a SYNC.
     AtBarrier,
     /// The peer closed it between two packets.
@@ -40,12 +40,12 @@ pub(super) enum Told {
 }
 
 /// Informs the session that a thread ends by a panic: main waits for no barrier that can't come.
-struct LastWord(Sender<Told>);
+struct ReportAtEnd(Sender<ChannelEvent>);
 
-impl Drop for LastWord {
+impl Drop for ReportAtEnd {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let _ = self.0.send(Told::Failed(gone()));
+            let _ = self.0.send(ChannelEvent::Failed(gone()));
         }
     }
 }
@@ -76,7 +76,7 @@ pub(super) struct PageReceiver {
     pub(super) channel: StreamChannel,
     pub(super) machine: Channel,
     pub(super) inflater: Option<PacketInflater>,
-    pub(super) told: Sender<Told>,
+    pub(super) events: Sender<ChannelEvent>,
     pub(super) release: Receiver<()>,
     pub(super) stop: Stop,
     /// A packet's header, as far as it has arrived.
@@ -90,16 +90,16 @@ pub(super) struct PageReceiver {
 impl PageReceiver {
     /// Works until the peer closes, something fails, or its reports have no receiver.
     pub(super) fn run(mut self) {
-        let told = LastWord(self.told.clone());
+        let report = ReportAtEnd(self.events.clone());
         let ended = caught("placing pages of a page channel", || self.serve());
         let ended = ended.unwrap_or_else(|panic| Err(panicked(panic)));
-        drop(told);
+        drop(report);
         let last = match ended {
-            Ok(()) => Told::Closed,
-            Err(error) => Told::Failed(error),
+            Ok(()) => ChannelEvent::Closed,
+            Err(error) => ChannelEvent::Failed(error),
         };
         // The receiver is gone after the migration.
-        let _ = self.told.send(last);
+        let _ = self.events.send(last);
     }
 
     fn serve(&mut self) -> Result<(), MoveError> {
@@ -121,7 +121,7 @@ impl PageReceiver {
                 ChannelStep::Barrier { consumed } => {
                     self.consumed(consumed);
                     self.tell_numbers();
-                    if self.told.send(Told::AtBarrier).is_err() || self.release.recv().is_err() {
+                    if self.events.send(ChannelEvent::AtBarrier).is_err() || self.release.recv().is_err() {
                         return Ok(());
                     }
                     self.machine.release();
@@ -201,8 +201,10 @@ impl PageReceiver {
         let missing = missing.is_some();
         let placer = &common.placer;
         let admit = |(offset, bytes)| placer.admit(block, offset, bytes);
-        let runs =
-            runs_of(&plan.normal, common.page).into_iter().map(admit).collect::<Result<Vec<_>, _>>()?;
+        let runs = super::runs_of(&plan.normal, common.page)
+            .into_iter()
+            .map(admit)
+            .collect::<Result<Vec<_>, _>>()?;
         self.writer.check_faults();
         let buffered = missing || self.writer.prepare(placer, &runs);
         match self.inflater.is_some() {
@@ -353,16 +355,4 @@ fn put(
         }
     }
     Ok(())
-}
-
-/// What lies together, as offset and length.
-fn runs_of(offsets: &[BlockOffset], page: PageSize) -> Vec<(BlockOffset, u64)> {
-    let mut runs: Vec<(BlockOffset, u64)> = Vec::new();
-    for offset in offsets {
-        match runs.last_mut() {
-            Some((first, len)) if first.0 + *len == offset.0 => *len += page.bytes(),
-            _ => runs.push((*offset, page.bytes())),
-        }
-    }
-    runs
 }

@@ -15,7 +15,7 @@ use crate::ram::{Fingerprints, PageBatch, PageRun, Piece, Verdict};
 use crate::stream::qemu::multifd::{
     Init, MAX_COMPRESSED, Method, NewPacket, encode_init, encode_packet, encode_sync, packet_pages,
 };
-use crate::stream::qemu::packed::{PacketDeflater, Packing};
+use crate::stream::qemu::page_compression::{PacketDeflater, PageCompression};
 use crate::sys::{HostSpan, MAX_PARTS, SendPart, Stop, is_zero, look_ahead};
 use crate::transport::{ChannelError, MoveError, Receipt, Returned, Ticket};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
@@ -46,9 +46,9 @@ pub(super) enum Done {
 }
 
 /// Informs the link that a thread ends by a panic, so that its answers are not waited for.
-struct LastWord(Sender<Done>);
+struct ReportAtEnd(Sender<Done>);
 
-impl Drop for LastWord {
+impl Drop for ReportAtEnd {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let _ = self.0.send(Done::Failed(gone()));
@@ -63,7 +63,7 @@ pub(super) struct PageSender {
     /// Batches that the kernel may still read, each with the mark up to which they are lent.
     pub(super) lent: VecDeque<(u64, Returned)>,
     pub(super) guest: Arc<dyn GuestMemory>,
-    pub(super) packing: Packing,
+    pub(super) compression: PageCompression,
     pub(super) uuid: [u8; 16],
     /// Packets of all channels so far.
     pub(super) packets: Arc<AtomicU64>,
@@ -81,8 +81,9 @@ pub(super) struct PageSender {
 impl PageSender {
     /// Works until the queue is closed or something fails. `done` has no receiver only when the link is gone.
     pub(super) fn run(mut self) {
-        let _told = LastWord(self.done.clone());
-        let deflater = PacketDeflater::new(self.packing).map_err(|source| self.failed("compressing", source));
+        let _told = ReportAtEnd(self.done.clone());
+        let deflater =
+            PacketDeflater::new(self.compression).map_err(|source| self.failed("compressing", source));
         let begun = deflater.and_then(|deflater| {
             let mut init = Vec::new();
             encode_init(&Init { uuid: self.uuid, id: self.id }, &mut init);
@@ -127,7 +128,7 @@ impl PageSender {
                     self.send(&[SendPart::Own(&sync)])?;
                     let _ = self.done.send(Done::Synced);
                 }
-                Work::End => self.channel.say_end(),
+                Work::End => self.channel.send_end(),
             }
         }
         Ok(())
@@ -199,7 +200,7 @@ impl PageSender {
         let Some((index, block)) = block.filter(|_| !packet.is_empty()) else { return Ok(0) };
         let page = guest.table().page();
         let mut spans = Vec::with_capacity(packet.normal.len());
-        for run in packet.runs() {
+        for run in super::runs_of(&packet.normal, packet.page) {
             let landing = guest.table().admit(index, run.0, run.1).map_err(GuestError::from)?;
             spans.push(span_of(&*guest, landing)?);
         }
@@ -248,7 +249,7 @@ impl PageSender {
     }
 
     fn method(&self) -> Method {
-        self.packing.method()
+        self.compression.method()
     }
 
     fn send(&mut self, parts: &[SendPart<'_>]) -> Result<(), MoveError> {
@@ -345,18 +346,6 @@ impl Packet {
         self.window.resize(bytes.len(), 0);
         bytes.copy_to(&mut self.window);
         prints.set(block, first, prints.of(&self.window));
-    }
-
-    /// The normal pages as offset and length of what lies together.
-    fn runs(&self) -> Vec<(BlockOffset, u64)> {
-        let mut runs: Vec<(BlockOffset, u64)> = Vec::new();
-        for offset in &self.normal {
-            match runs.last_mut() {
-                Some((first, len)) if first.0 + *len == offset.0 => *len += self.page.bytes(),
-                _ => runs.push((*offset, self.page.bytes())),
-            }
-        }
-        runs
     }
 
     /// A copy is compressed: the guest may write while the compressor looks back, and what it looks back at must be

@@ -12,7 +12,7 @@ use super::counter::PageCounter;
 use super::numa::Placement;
 use super::page_channel::{PageChannel, Tally};
 use super::sender::{Done, PageSender, Work};
-use super::{ChannelOptions, carriers_of};
+use super::{ChannelOptions, default_active};
 use crate::guest::GuestMemory;
 use crate::observe::{Caught, PageCounts, SpliceCounts, ZeroCopyCounts};
 use crate::ram::{Fingerprints, MoverAbilities, PageBatch, RoundKind, Verdict};
@@ -60,7 +60,7 @@ pub struct MultifdLink {
     /// What waits in the channels' queues.
     waiting: Vec<Queue>,
     next: usize,
-    carriers: usize,
+    active: usize,
     /// Batches and SYNCs that were not answered.
     out: usize,
     tickets: u64,
@@ -96,7 +96,7 @@ pub(in crate::transport) fn connect(
         zeros: PageBatch::default(),
         waiting: channels.iter().map(StreamChannel::queue).collect(),
         next: 0,
-        carriers: options.carriers.unwrap_or_else(|| carriers_of(&channels)).clamp(1, channels.len().max(1)),
+        active: options.active.unwrap_or_else(|| default_active(&channels)).clamp(1, channels.len().max(1)),
         out: 0,
         tickets: 0,
     };
@@ -110,7 +110,7 @@ pub(in crate::transport) fn connect(
             channel: PageChannel::new(channel, &link.tally),
             lent: VecDeque::new(),
             guest: Arc::clone(&memory),
-            packing: options.packing,
+            compression: options.compression,
             uuid: options.uuid,
             packets: Arc::clone(&packets),
             bytes: Arc::clone(&link.bytes),
@@ -181,15 +181,15 @@ impl MultifdLink {
         }
     }
 
-    /// Gives the batch to the first channel with room, in turn. Channels beyond the carriers get none.
+    /// Gives the batch to the first channel with room, in turn. Channels beyond the active ones get none.
     fn distribute(&mut self, ticket: Ticket, batch: PageBatch, stop: &Stop) -> Result<(), MoveError> {
         let mut work = Work::Batch(ticket, batch);
         loop {
-            for step in 0..self.carriers {
-                let channel = (self.next + step) % self.carriers;
+            for step in 0..self.active {
+                let channel = (self.next + step) % self.active;
                 match self.queues[channel].try_send(work) {
                     Ok(()) => {
-                        self.next = (channel + 1) % self.carriers;
+                        self.next = (channel + 1) % self.active;
                         self.out += 1;
                         return Ok(());
                     }
@@ -260,7 +260,7 @@ impl SourceLink for MultifdLink {
             confirms_placement: false,
             ordered: false,
             registers_memory: false,
-            batches_in_flight: (self.carriers * (QUEUED + 1)) as u32,
+            batches_in_flight: (self.active * (QUEUED + 1)) as u32,
             batch_pages: BATCH_PAGES,
         }
     }
@@ -273,8 +273,8 @@ impl SourceLink for MultifdLink {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    fn under_way(&mut self) -> u64 {
-        self.main.under_way() + self.waiting.iter().map(Queue::bytes).sum::<u64>()
+    fn unacknowledged(&mut self) -> u64 {
+        self.main.unacknowledged() + self.waiting.iter().map(Queue::bytes).sum::<u64>()
     }
 
     fn page_channels(&self) -> u8 {
@@ -282,7 +282,7 @@ impl SourceLink for MultifdLink {
     }
 
     fn has_room(&self) -> bool {
-        self.queues.iter().take(self.carriers).any(|queue| !queue.is_full())
+        self.queues.iter().take(self.active).any(|queue| !queue.is_full())
     }
 
     fn sent_pages(&self) -> Vec<PageCounts> {
@@ -298,7 +298,7 @@ impl SourceLink for MultifdLink {
         self.tally.spliced()
     }
 
-    fn write_for(&mut self, style: Option<PeerStyle>) -> Result<(), MoveError> {
+    fn set_peer_style(&mut self, style: Option<PeerStyle>) -> Result<(), MoveError> {
         let Some(style) = style else { return Err(MoveError::UnknownStyle) };
         self.style = style;
         self.style_is_known = true;

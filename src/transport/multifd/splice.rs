@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use super::page_channel::Switch;
 use crate::observe::SpliceCounts;
 use crate::sys::{FdKind, PagePipe, SendPart, Stop, send_parts};
-use crate::transport::stream::{End, Giving, Nature};
+use crate::transport::stream::{End, SendBackend, StreamKind};
 use crate::transport::{ChannelError, StreamChannel};
 
 /// Size of the pipe in bytes: a whole packet of pages. A larger one was not faster.
@@ -65,7 +65,7 @@ impl Splicing {
     /// `None`, with the reason in the tally, if pages can't or should not be sent by reference.
     pub(super) fn over(channel: &StreamChannel, tally: &Arc<SpliceTally>) -> Option<Self> {
         let end = channel.end().0;
-        if end.nature != Nature::Tcp {
+        if end.stream_kind != StreamKind::Tcp {
             tally.switch.turn_off(SLOWER_ON_UNIX);
             return None;
         }
@@ -113,8 +113,8 @@ struct Copied {
     more: bool,
 }
 
-impl Giving for Copied {
-    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
+impl SendBackend for Copied {
+    fn send(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
         send_parts(end.fd.as_fd(), if self.more { FdKind::More } else { end.kind() }, parts, skip)
     }
 }
@@ -152,8 +152,8 @@ impl Packet<'_> {
     }
 }
 
-impl Giving for Packet<'_> {
-    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
+impl SendBackend for Packet<'_> {
+    fn send(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
         let left = parts.iter().map(SendPart::len).sum::<usize>().saturating_sub(skip);
         let may_fill = self.way.pipe.held() < left;
         if self.by_copy || may_fill && !self.fill(parts, skip) {
@@ -286,7 +286,7 @@ mod tests {
         packet.by_copy = true;
         let mut sent = 0;
         while sent < bytes.len() {
-            sent += packet.give(near.end().0, &parts, sent).unwrap();
+            sent += packet.send(near.end().0, &parts, sent).unwrap();
         }
         drop(near);
         let mut got = Vec::new();

@@ -169,9 +169,9 @@ fn whole_block() -> PageBatch {
 #[test]
 fn s46_pages_are_looked_at_on_the_channels_where_the_peer_reads_it() {
     let (mut link, memory, _far) = link(2);
-    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    link.set_peer_style(Some(PeerStyle::QEMU_7_2)).unwrap();
     assert!(!link.abilities().classifies, "zero pages in packets would be lost there");
-    link.write_for(Some(PeerStyle::QEMU_10_0)).unwrap();
+    link.set_peer_style(Some(PeerStyle::QEMU_10_0)).unwrap();
     assert!(link.abilities().classifies);
     memory.room(BlockIndex(0), BlockOffset(4096), 4096).copy_from(&[7; 4096]);
     assert!(matches!(link.offer(whole_block(), &stop()), Ok(Offer::Taken(_))));
@@ -192,7 +192,7 @@ fn s46_pages_are_looked_at_on_the_channels_where_the_peer_reads_it() {
 #[test]
 fn s45_a_peer_of_unknown_style_gets_no_channels() {
     let (mut link, _memory, _far) = link(1);
-    assert!(matches!(link.write_for(None), Err(MoveError::UnknownStyle)));
+    assert!(matches!(link.set_peer_style(None), Err(MoveError::UnknownStyle)));
     assert!(matches!(link.open_round(RoundKind::Setup, &stop()), Err(MoveError::UnknownStyle)));
 }
 
@@ -200,7 +200,7 @@ fn s45_a_peer_of_unknown_style_gets_no_channels() {
 #[test]
 fn s50_batches_of_a_channel_that_fails_come_back() {
     let (mut link, _memory, far) = link(2);
-    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    link.set_peer_style(Some(PeerStyle::QEMU_7_2)).unwrap();
     drop(far);
     let mut offered = 0;
     let error = loop {
@@ -238,7 +238,7 @@ fn a_lent_batch_is_out_until_the_kernel_is_done_with_it() {
     let mut near = Some(near);
     let open = || Ok(near.take().unwrap());
     let mut link = connect(Box::new(channel(main)), memory.guest.clone(), &options, open).unwrap();
-    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    link.set_peer_style(Some(PeerStyle::QEMU_7_2)).unwrap();
     memory.room(BlockIndex(0), BlockOffset(0), PAGES * 4096).copy_from(&[7; 4 * 4096]);
     let mut batch = PageBatch::default();
     batch.push(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: PAGES }, Verdict::Whole);
@@ -275,7 +275,7 @@ fn a_lent_batch_comes_back_unsent_when_its_channel_breaks() {
     let mut near = Some(near);
     let open = || Ok(near.take().unwrap());
     let mut link = connect(Box::new(channel(main)), memory.guest.clone(), &options, open).unwrap();
-    link.write_for(Some(PeerStyle::QEMU_7_2)).unwrap();
+    link.set_peer_style(Some(PeerStyle::QEMU_7_2)).unwrap();
     let mut batch = PageBatch::default();
     batch.push(PageRun { block: BlockIndex(0), first: PageIndex(0), pages: PAGES }, Verdict::Whole);
     assert!(matches!(link.offer(batch, &stop()), Ok(Offer::Taken(_))));
@@ -298,9 +298,9 @@ fn within_a_host_each_core_has_one_channel_and_over_a_network_four() {
     let tcp = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (unix, _far) = std::os::unix::net::UnixStream::pair().unwrap();
     let mut channels = vec![channel(tcp.into()), channel(unix.into())];
-    assert_eq!(super::carriers_of(&channels), cores);
+    assert_eq!(super::default_active(&channels), cores);
     // It is unknown where a pipe leads.
     let (_reader, writer) = std::io::pipe().unwrap();
     channels.push(channel(writer.into()));
-    assert_eq!(super::carriers_of(&channels), 4 * cores);
+    assert_eq!(super::default_active(&channels), 4 * cores);
 }

@@ -17,8 +17,8 @@ use rustix::io::Errno;
 use super::page_channel::Switch;
 use crate::observe::ZeroCopyCounts;
 use crate::sys::{FdKind, SendPart, Stop, ZeroCopyReceipt, send_parts, zero_copy_receipt};
-use crate::transport::stream::patience::Patience;
-use crate::transport::stream::{End, Giving};
+use crate::transport::stream::stall_timer::StallTimer;
+use crate::transport::stream::{End, SendBackend};
 use crate::transport::{ChannelError, StreamChannel};
 
 const TAKING_BACK: &str = "waiting until the kernel is done with lent pages";
@@ -26,7 +26,8 @@ const TAKING_BACK: &str = "waiting until the kernel is done with lent pages";
 /// Rest after a wait that brought nothing: the next call reports what ended it.
 const RETRY_INTERVAL: Duration = Duration::from_millis(2);
 
-const COPIES: &str = "the kernel copies all the same on this way, as it always does on the loopback";
+const COPIES: &str =
+    "the kernel copies the pages on this connection anyway, as it always does on the loopback";
 const MAY_NOT_LOCK: &str = "the kernel may lock no memory for it: raise the limit on locked memory (ulimit -l) \
                             or net.core.optmem_max";
 
@@ -154,17 +155,17 @@ impl Lending {
             return Ok(());
         }
         let (end, stall) = channel.end();
-        let mut patience = Patience::new(end, TAKING_BACK, stall);
+        let mut timer = StallTimer::new(end, TAKING_BACK, stall);
         while self.take_receipts(end)? == 0 {
             // poll(2) always reports the error queue, whatever events are requested.
-            patience.wait(PollFlags::empty(), stop)?;
+            timer.wait(PollFlags::empty(), stop)?;
             if self.take_receipts(end)? > 0 {
                 break;
             }
             if let Ok(Some(error)) = socket2::SockRef::from(&end.fd).take_error() {
                 return Err(end.broken(TAKING_BACK, error));
             }
-            patience.rest(RETRY_INTERVAL, stop)?;
+            timer.rest(RETRY_INTERVAL, stop)?;
         }
         Ok(())
     }
@@ -187,8 +188,8 @@ impl Lending {
     }
 }
 
-impl Giving for Lending {
-    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
+impl SendBackend for Lending {
+    fn send(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
         if self.is_on() {
             match send_parts(end.fd.as_fd(), FdKind::ZeroCopy, parts, skip) {
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::NOBUFS) => {
@@ -220,8 +221,8 @@ impl Giving for Lending {
 /// Own bytes on a channel that borrows pages.
 struct Copied<'a>(&'a mut Lending);
 
-impl Giving for Copied<'_> {
-    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
+impl SendBackend for Copied<'_> {
+    fn send(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
         send_parts(end.fd.as_fd(), end.kind(), parts, skip)
     }
 

@@ -98,7 +98,7 @@ impl Address {
         &self.target
     }
 
-    /// True for `auto:`: the transport is chosen when it is opened, and [`Way`](crate::transport::Way) reports it.
+    /// True for `auto:`: the transport is chosen when it is opened, and [`ChosenTransport`](crate::transport::ChosenTransport) reports it.
     pub fn decides_late(&self) -> bool {
         self.scheme.abilities.decides_late
     }
@@ -232,7 +232,7 @@ pub(in crate::transport) fn parse_host(rest: &str) -> Result<Target, &'static st
         return Err("options after the port are not known");
     }
     if host.contains(|c: char| c.is_whitespace() || c.is_control() || "/[],".contains(c)) {
-        return Err("the host holds a character no host name has");
+        return Err("the host has a character that no host name may have");
     }
     if port.is_empty() || !port.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("the port is not a number");
@@ -292,7 +292,7 @@ pub(in crate::transport) fn parse_mapped(rest: &str) -> Result<Target, &'static 
     };
     // File offsets are signed numbers in the kernel.
     let number =
-        number.filter(|number| i64::try_from(*number).is_ok()).ok_or("no file has so high an offset")?;
+        number.filter(|number| i64::try_from(*number).is_ok()).ok_or("the offset is larger than any file")?;
     // The output is parsed again: a name that ends like this would be parsed as an offset.
     if number == 0 && path.contains(",offset=") {
         return Err("there are two offsets");
@@ -305,7 +305,7 @@ pub(in crate::transport) fn parse_descriptor(rest: &str) -> Result<Target, &'sta
     if rest.is_empty() || !rest.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("the descriptor is not a number");
     }
-    rest.parse().map(Target::Descriptor).map_err(|_| "no descriptor has so high a number")
+    rest.parse().map(Target::Descriptor).map_err(|_| "the number is larger than that of any descriptor")
 }
 
 /// `COMMAND`.
@@ -434,11 +434,11 @@ mod tests {
             ("mapped:/a,offset=", "not a number", "offset="),
             ("mapped:/a,offset=1M", "not a number", "offset="),
             ("mapped:/a,offset=0x", "not a number", "offset="),
-            ("mapped:/a,offset=0x8000000000000000", "so high", "offset="),
-            ("mapped:/a,offset=99999999999999999999", "so high", "offset="),
+            ("mapped:/a,offset=0x8000000000000000", "larger than any file", "offset="),
+            ("mapped:/a,offset=99999999999999999999", "larger than any file", "offset="),
             ("fd:", "not a number", "fd:N"),
             ("fd:-1", "not a number", "fd:N"),
-            ("fd:4294967296", "so high", "fd:N"),
+            ("fd:4294967296", "larger than that", "fd:N"),
             ("exec: ", "no command", "exec:COMMAND"),
         ] {
             let message = text.parse::<Address>().unwrap_err().to_string();

@@ -16,8 +16,8 @@ use crate::sys::{Stop, StopReason};
 use crate::transport::rdma::{RdmaListener, usable_address};
 use crate::transport::stream::tcp::{self, TcpListener};
 use crate::transport::{
-    Address, AllowList, ChannelError, ConnectionOptions, DestinationConnection, OpenError, SourceConnection,
-    StreamChannel, StreamOptions, Way, WhyNoRdma,
+    Address, AllowList, ChannelError, ChosenTransport, ConnectionOptions, DestinationConnection, OpenError,
+    SourceConnection, StreamChannel, StreamOptions, WhyNoRdma,
 };
 #[cfg(feature = "rdma")]
 use crate::transport::{Obstacle, RdmaOptions};
@@ -43,7 +43,7 @@ fn open(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     let (host, port) = opening.address.host();
     let why = match by_rdma(opening) {
         Ok(mut connection) => {
-            connection.way.why = "both ends have an RDMA device that reaches the other".into();
+            connection.chosen.why = "both ends have an RDMA device that reaches the other".into();
             return Ok(connection);
         }
         Err(error) if opening.stop.reason() == Some(StopReason::Cancelled) => return Err(error),
@@ -52,7 +52,7 @@ fn open(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     let by_tcp = Opening { address: &Address::tcp(host, port), ..*opening };
     match (tcp::SCHEME.open)(&by_tcp) {
         Ok(mut connection) => {
-            connection.way.why = why;
+            connection.chosen.why = why;
             Ok(connection)
         }
         Err(error @ OpenError::Channel(ChannelError::Stopped { .. })) => Err(error),
@@ -155,7 +155,7 @@ impl Endpoint for AutoListener {
         }
         let why = self.why_not.clone().unwrap_or_default();
         let channel = candidates.next(&self.tcp, (&MAIN, 1), &options.stream, stop)?;
-        Ok(DestinationConnection::over(channel).by(Way { transport: "tcp", why }))
+        Ok(DestinationConnection::over(channel).by(ChosenTransport { transport: "tcp", why }))
     }
 
     fn accept(&mut self, _options: &StreamOptions, _stop: &Stop) -> Result<StreamChannel, OpenError> {
@@ -195,14 +195,14 @@ fn accept_either(
                     Ok(connection) => return drop(give.send(connection)),
                     Err(_) if rdma_stop.reason().is_some() => return,
                     Err(error) => {
-                        tracing::warn!(error = %Chain(&error), "a source did not come in by RDMA; it may try TCP");
+                        tracing::warn!(error = %Chain(&error), "a source could not connect by RDMA; it may try TCP");
                         rdma_stop.sleep(POLL_INTERVAL);
                     }
                 }
             }
         });
         if let Err(error) = spawned {
-            tracing::warn!(%error, "no thread to wait for RDMA: TCP only");
+            tracing::warn!(%error, "the thread that waits for RDMA could not be started: TCP only");
         }
         let came = loop {
             if let Ok(connection) = connections.try_recv() {
@@ -219,7 +219,7 @@ fn accept_either(
         if let Ok(connection) = connections.recv() {
             return Ok(connection);
         }
-        let why = "the source came by TCP: it says why".into();
-        Ok(DestinationConnection::over(came?).by(Way { transport: "tcp", why }))
+        let why = "the source connected by TCP; its output has the reason".into();
+        Ok(DestinationConnection::over(came?).by(ChosenTransport { transport: "tcp", why }))
     })
 }

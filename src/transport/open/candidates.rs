@@ -143,28 +143,28 @@ impl Candidates {
         stop: &Stop,
     ) -> Result<StreamChannel, OpenError> {
         let most = expected + STRANGERS;
-        let patience = options.stall.unwrap_or(SILENT);
+        let silence_limit = options.stall.unwrap_or(SILENT);
         loop {
             // No more than fit: then the present ones are checked.
             for _ in 0..most {
                 let Some(channel) = listening.take(options)? else { break };
                 self.waiting.push_back(Candidate { channel, since: Instant::now(), begun: false });
             }
-            if let Some(channel) = self.look(wanted) {
+            if let Some(channel) = self.take_wanted(wanted) {
                 return Ok(channel);
             }
             while self.waiting.len() > most
-                || self.waiting.front().is_some_and(|oldest| oldest.since.elapsed() >= patience)
+                || self.waiting.front().is_some_and(|oldest| oldest.since.elapsed() >= silence_limit)
             {
                 let Some(oldest) = self.waiting.pop_front() else { break };
                 let why = match oldest.channel.is_shaking_hands() {
                     true => "it has not finished its TLS handshake",
-                    false => "it has not said what it is",
+                    false => "it has not sent its first bytes",
                 };
                 self.dismiss(&oldest.channel, why);
             }
             let silent: Vec<_> = self.waiting.iter().filter(|candidate| !candidate.begun).collect();
-            let due = self.waiting.front().map(|oldest| patience.saturating_sub(oldest.since.elapsed()));
+            let due = self.waiting.front().map(|oldest| silence_limit.saturating_sub(oldest.since.elapsed()));
             let due = if silent.len() < self.waiting.len() { Some(RETRY_INTERVAL) } else { due };
             let sockets: Vec<_> =
                 silent.iter().map(|candidate| candidate.channel.end().0.fd.as_fd()).collect();
@@ -180,8 +180,8 @@ impl Candidates {
     fn dismiss(&mut self, channel: &StreamChannel, why: &str) {
         self.told = self.told.saturating_add(1);
         let text = match self.told {
-            0..=TOLD => format!("closed a connection of {}: {why}; listening goes on", channel.peer()),
-            TOLD_LAST => format!("{TOLD} connections were of no source; no further one is told of"),
+            0..=TOLD => format!("closed a connection from {}: {why}; still listening", channel.peer()),
+            TOLD_LAST => format!("{TOLD} connections were not from a source; further ones are not reported"),
             _ => return,
         };
         tracing::warn!("{text}");
@@ -191,7 +191,7 @@ impl Candidates {
     }
 
     /// Checks all; returns the first that is wanted, and closes those that are not.
-    fn look(&mut self, wanted: &[u32]) -> Option<StreamChannel> {
+    fn take_wanted(&mut self, wanted: &[u32]) -> Option<StreamChannel> {
         let mut at = 0;
         while let Some(candidate) = self.waiting.get_mut(at) {
             match judge(&candidate.channel, wanted) {
@@ -228,7 +228,7 @@ fn judge(channel: &StreamChannel, wanted: &[u32]) -> Verdict {
             )),
             come => {
                 let come = come.unwrap_or(&word).escape_ascii();
-                Verdict::Stranger(format!("it begins with \"{come}\", as no migration does"))
+                Verdict::Stranger(format!("it begins with \"{come}\", which is no migration"))
             }
         },
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {

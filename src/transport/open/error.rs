@@ -72,7 +72,7 @@ pub enum OpenError {
         address: String,
     },
     /// An `auto:` address that neither transport reaches.
-    #[error("{address}: {rdma}; and by TCP neither")]
+    #[error("{address}: {rdma}; TCP failed, too")]
     Neither {
         /// The address.
         address: String,
@@ -100,13 +100,13 @@ pub enum OpenError {
         address: String,
     },
     /// Compressed pages in a file with fixed page offsets.
-    #[error("{address}: pages that have places in a file are not compressed; leave the compression out")]
+    #[error("{address}: pages in a mapped-ram file can't be compressed; leave the compression out")]
     Compressed {
         /// The address.
         address: String,
     },
     /// Another address where a mapped-ram file is needed.
-    #[error("{address} is no file of places; write mapped:PATH")]
+    #[error("{address} is no mapped-ram file; write mapped:PATH")]
     NotMapped {
         /// The address.
         address: String,
@@ -165,19 +165,18 @@ pub enum WhyNoRdma {
     #[error(transparent)]
     Unusable(Box<dyn std::error::Error + Send + Sync>),
     /// The memory of a block may be freed or remapped while it is registered with a NIC.
-    #[error("the memory of RAM block {block} does not promise to stay in place")]
+    #[error("the memory of RAM block {block} is not guaranteed to stay in place")]
     NotInPlace {
         /// The block.
         block: String,
     },
     /// The guest frees memory, or may do so, while it is registered with a NIC.
     #[error(
-        "the guest does not promise to keep its memory in place while a NIC knows it; take balloon and free page \
-         reporting off it"
+        "the guest may discard memory that is registered with a NIC; remove its balloon and free page reporting"
     )]
     GuestDiscards,
     /// There are devices, but none carries traffic.
-    #[error("no RDMA device has an active port with an IP address ({devices}); `ramwire devices` says more")]
+    #[error("no RDMA device has an active port with an IP address ({devices}); see `ramwire devices`")]
     NoActivePort {
         /// Names of the devices.
         devices: String,

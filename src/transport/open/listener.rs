@@ -10,7 +10,8 @@ use super::{Address, AllowList, ConnectionOptions, OpenError, Target};
 use crate::error::Remedy;
 use crate::sys::Stop;
 use crate::transport::{
-    ChannelError, DestinationConnection, MultifdDestination, StreamChannel, StreamOptions, Tls, Way, multifd,
+    ChannelError, ChosenTransport, DestinationConnection, MultifdDestination, StreamChannel, StreamOptions,
+    Tls, multifd,
 };
 
 /// The destination's side of an address: waits for connections, or opens a file to read.
@@ -148,7 +149,7 @@ impl<L: Listening + std::fmt::Debug + Send> Endpoint for Sockets<L> {
         stop: &Stop,
     ) -> Result<DestinationConnection, OpenError> {
         let (address, channels) = (&self.addresses[0], &options.channels);
-        let way = Way::named(address);
+        let way = ChosenTransport::named(address);
         let mut next = |wanted, stop: &Stop| candidates.next(&*self, wanted, &options.stream, stop);
         if channels.count == 0 {
             return Ok(DestinationConnection::over(next((&MAIN, 1), stop)?).by(way));
@@ -197,7 +198,7 @@ impl Endpoint for OneStream {
         stop: &Stop,
     ) -> Result<DestinationConnection, OpenError> {
         let channel = self.accept(&options.stream, stop)?;
-        Ok(DestinationConnection::over(channel).by(Way::named(&self.address)))
+        Ok(DestinationConnection::over(channel).by(ChosenTransport::named(&self.address)))
     }
 
     fn accept(&mut self, options: &StreamOptions, _stop: &Stop) -> Result<StreamChannel, OpenError> {

@@ -29,7 +29,7 @@ pub use listener::Listener;
 pub(super) use listener::{OneStream, Sockets};
 pub use obstacle::{DECISION_TIMEOUT, Obstacle};
 pub use options::{ConnectionOptions, RdmaOptions};
-pub(super) use retry::until_heard;
+pub(super) use retry::retry_until_listening;
 pub(super) use scheme::{Endpoint, Opening, Scheme, SchemeAbilities, no_stream};
 pub(super) use source::open_stream;
 pub use source::{connect, open_source};

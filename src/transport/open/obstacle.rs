@@ -40,7 +40,7 @@ impl fmt::Display for Obstacle {
             Self::NoRoute => "no route",
             Self::Refused => "refused by peer",
             Self::MemoryLock => "memory-lock limit",
-            Self::MayDiscard => "memory that can't promise not to be discarded",
+            Self::MayDiscard => "memory that may be discarded",
             Self::Other => "failed",
         })
     }
@@ -66,7 +66,7 @@ pub(super) fn why(error: &OpenError) -> String {
         }
         // This is the caller's own limit, so raising it is no remedy.
         OpenError::Channel(ChannelError::Stalled { peer, .. } | ChannelError::Silent { peer, .. }) => {
-            format!("nobody answered at {peer} within {} s", DECISION_TIMEOUT.as_secs())
+            format!("no answer from {peer} within {} s", DECISION_TIMEOUT.as_secs())
         }
         error => Chain(error).to_string(),
     };

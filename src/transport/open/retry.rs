@@ -16,7 +16,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// The error of the last try.
 ///
 /// Only a connection that was never accepted is retried: a destination that accepts a single source has lost it.
-pub(in crate::transport) fn until_heard<T>(
+pub(in crate::transport) fn retry_until_listening<T>(
     address: &Address,
     time: Duration,
     stop: &Stop,
@@ -26,17 +26,17 @@ pub(in crate::transport) fn until_heard<T>(
     let mut told = false;
     loop {
         let error = match open() {
-            Err(error) if !time.is_zero() && nobody_listens(&error) => error,
+            Err(error) if !time.is_zero() && is_not_listening(&error) => error,
             opened => return opened,
         };
         if !told {
-            tracing::warn!("nobody listens at {address} yet; trying again for {} s", time.as_secs_f64());
+            tracing::warn!("no process listens at {address} yet; trying again for {} s", time.as_secs_f64());
             told = true;
         }
         match limit.sleep(AGAIN) {
             None => {}
             Some(StopReason::Cancelled) => {
-                let (reason, doing) = (StopReason::Cancelled, "waiting until somebody listens");
+                let (reason, doing) = (StopReason::Cancelled, "waiting until the destination listens");
                 return Err(ChannelError::Stopped { reason, doing }.into());
             }
             Some(_) => return Err(error),
@@ -45,7 +45,7 @@ pub(in crate::transport) fn until_heard<T>(
 }
 
 /// True if the connection failed because no process listens there yet, or because the host is not up.
-fn nobody_listens(error: &OpenError) -> bool {
+fn is_not_listening(error: &OpenError) -> bool {
     match error {
         OpenError::Channel(ChannelError::Io { source, .. }) => matches!(
             source.kind(),
@@ -55,7 +55,7 @@ fn nobody_listens(error: &OpenError) -> bool {
                 | io::ErrorKind::NetworkUnreachable
         ),
         OpenError::Channel(ChannelError::Rdma { .. }) => obstacle::of(error) == Obstacle::Refused,
-        OpenError::Neither { tcp, .. } => nobody_listens(tcp),
+        OpenError::Neither { tcp, .. } => is_not_listening(tcp),
         _ => false,
     }
 }
@@ -96,7 +96,7 @@ mod tests {
             }
             stream(&address)
         };
-        until_heard(&address, LONG, &Stop::never(), open).unwrap();
+        retry_until_listening(&address, LONG, &Stop::never(), open).unwrap();
         assert_eq!((tries, listener.is_some()), (3, true));
     }
 
@@ -109,8 +109,8 @@ mod tests {
             tries += 1;
             stream(&address)
         };
-        let error = until_heard(&address, AGAIN * 3, &Stop::never(), open).unwrap_err();
-        assert!(nobody_listens(&error), "{error}");
+        let error = retry_until_listening(&address, AGAIN * 3, &Stop::never(), open).unwrap_err();
+        assert!(is_not_listening(&error), "{error}");
         assert!(tries > 1, "{tries}");
     }
 
@@ -121,12 +121,12 @@ mod tests {
         let tcp = Address::tcp("127.0.0.1", port);
         let other = "exec:true".parse::<Address>().unwrap();
         let mut tries = 0;
-        let refused = until_heard(&tcp, Duration::ZERO, &Stop::never(), || {
+        let refused = retry_until_listening(&tcp, Duration::ZERO, &Stop::never(), || {
             tries += 1;
             stream(&tcp)
         });
         assert!(refused.is_err());
-        let failed = until_heard(&other, LONG, &Stop::never(), || -> Result<(), _> {
+        let failed = retry_until_listening(&other, LONG, &Stop::never(), || -> Result<(), _> {
             tries += 1;
             Err(OpenError::OnlyOne { address: other.to_string() })
         });
@@ -139,7 +139,7 @@ mod tests {
         let cancel = CancelToken::default();
         let (port, _held) = free_port();
         let address = Address::tcp("127.0.0.1", port);
-        let ended = until_heard(&address, LONG, &Stop::on(&cancel), || {
+        let ended = retry_until_listening(&address, LONG, &Stop::on(&cancel), || {
             cancel.cancel();
             stream(&address)
         });

@@ -8,8 +8,8 @@ use crate::error::Remedy;
 use crate::guest::GuestMemory;
 use crate::sys::Stop;
 use crate::transport::{
-    DeltaCacheSize, InlineLink, PageSending, SourceConnection, SourceLink, StreamChannel, StreamOptions, Way,
-    multifd,
+    ChosenTransport, DeltaCacheSize, InlineLink, PageSending, SourceConnection, SourceLink, StreamChannel,
+    StreamOptions, multifd,
 };
 
 /// Opens the best available connection to `address` for the pages of `memory`.
@@ -40,7 +40,7 @@ pub fn open_source(
         return Err(OpenError::NoSuchSending {
             address: address.to_string(),
             sending: channels.sending,
-            why: "sends pages as they lie, and TLS sends none so",
+            why: "sends pages straight from guest memory, and TLS must encrypt them first",
             remedy: Remedy::Advice("let pages be copied"),
         });
     }
@@ -48,7 +48,7 @@ pub fn open_source(
         return Err(OpenError::NoChannels { address: address.to_string() });
     }
     let opening = Opening { address, memory: &memory, options, stop };
-    retry::until_heard(address, options.retry, stop, || (scheme.open)(&opening))
+    retry::retry_until_listening(address, options.retry, stop, || (scheme.open)(&opening))
 }
 
 /// Opens a destination as a bare byte stream: connects, starts the command or makes the file.
@@ -99,5 +99,6 @@ pub(in crate::transport) fn open_stream(opening: &Opening<'_>) -> Result<SourceC
             Box::new(multifd::connect(Box::new(sink), Arc::clone(memory), &options.channels, open)?)
         }
     };
-    Ok(SourceConnection::new(link, back.map(|back| Box::new(back) as Box<_>)).by(Way::named(address)))
+    Ok(SourceConnection::new(link, back.map(|back| Box::new(back) as Box<_>))
+        .by(ChosenTransport::named(address)))
 }

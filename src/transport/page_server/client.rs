@@ -154,7 +154,7 @@ impl RemoteMemory {
         let (link, welcome) =
             dial(&self.address, &self.spawn).map_err(|error| io::Error::other(Chain(&error).to_string()))?;
         if welcome != self.welcome {
-            let why = "serves another memory than before; serve the one that this guest was begun from";
+            let why = "serves other memory than before; serve the memory that this guest was started from";
             return Err(io::Error::other(format!("{} {why}", self.address)));
         }
         Ok(Arc::clone(dialed.link.insert(link)))
@@ -165,7 +165,7 @@ impl Drop for RemoteMemory {
     fn drop(&mut self) {
         if let Some(link) = self.link.locked().link.take() {
             link.sink.locked().say_end_at_once();
-            link.lose("the memory is read no more");
+            link.lose("reading of the memory has stopped");
         }
     }
 }
@@ -275,7 +275,8 @@ impl Link {
         }
         let answer = Answer::decode(&head).map_err(|error| not_understood(source, READING, error))?;
         let Some((asked, give)) = self.waiting.locked().asked.remove(&answer.number) else {
-            let why = io::Error::other(format!("it answers request {}, which nobody made", answer.number));
+            let why =
+                io::Error::other(format!("it answered request {}, which was never made", answer.number));
             return Err(not_understood(source, READING, why));
         };
         // Before there is room for it.

@@ -81,7 +81,7 @@ impl PageServer {
             }
             let request = Request::decode(&request, self.memory.len())
                 .map_err(|error| not_understood(&channel, "taking a request for pages", error))?;
-            let done = self.look(&request, &mut buffer);
+            let done = self.answer_into(&request, &mut buffer);
             if let Err(error) = &done {
                 let why = error.to_string();
                 let end = (0..=why.len().min(MAX_WHY)).rev().find(|at| why.is_char_boundary(*at));
@@ -103,7 +103,7 @@ impl PageServer {
     }
 
     /// Fills `into` with the answer. Its length was checked.
-    fn look(&self, request: &Request, into: &mut Vec<u8>) -> std::io::Result<()> {
+    fn answer_into(&self, request: &Request, into: &mut Vec<u8>) -> std::io::Result<()> {
         into.clear();
         into.resize(usize::try_from(request.answer_len()).unwrap_or(0), 0);
         match request.asked {

@@ -136,7 +136,7 @@ fn a_connection_that_is_lost_is_made_anew_and_another_memory_is_refused() {
         }
     };
     let server = Running::at(&address, &other);
-    until(&|| read().is_err_and(|error| error.to_string().contains("serves another memory")));
+    until(&|| read().is_err_and(|error| error.to_string().contains("serves other memory")));
     drop(server);
     let _server = Running::at(&address, &path);
     until(&|| read().is_ok_and(|byte| byte == 1));

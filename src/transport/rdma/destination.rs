@@ -17,8 +17,9 @@ use crate::ram::PageRun;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::{RecvPart, SendPart, Stop};
 use crate::transport::{
-    Address, AllowList, ByteSink, ByteSource, ChannelError, DestinationAbilities, DestinationConnection,
-    DestinationLink, LiveBytes, MoveError, RdmaOptions, RoundReceived, StreamOptions, Way,
+    Address, AllowList, ByteSink, ByteSource, ChannelError, ChosenTransport, DestinationAbilities,
+    DestinationConnection, DestinationLink, LiveBytes, MoveError, RdmaOptions, ReadHints, RoundReceived,
+    StreamOptions,
 };
 use crate::units::BlockIndex;
 
@@ -100,26 +101,26 @@ impl RdmaListener {
             silence: options.stall,
             admit: Some(Arc::new(move |peer| allow.allows(peer.ip()))),
         };
-        let bounds = end.patient(stop);
+        let bounds = end.stall_bounds(stop);
         let accepted = DestinationHooks::accept(&mut *self.listener, &config, &bounds.hooks);
         let mut hooks = accepted.map_err(|error| bounds.error(ACCEPTING, error))?;
         end.stall = options.stall;
-        let (writer, ahead) = self.await_way_back(&mut hooks, &end, stop)?;
+        let (writer, ahead) = self.await_return_path(&mut hooks, &end, stop)?;
         let back = writer.map(|writer| RdmaReturnSink { writer: Some(writer), end: end.clone(), sent: 0 });
         let source = RdmaDestination {
             hooks: Some(hooks),
             end,
-            quiet: false,
+            may_be_silent: false,
             ahead,
             blocks: Vec::new(),
             page_bytes: 1,
             touched: HashSet::new(),
         };
-        let way = Way { transport: "rdma", why: "the source came by RDMA".into() };
+        let way = ChosenTransport { transport: "rdma", why: "the source connected by RDMA".into() };
         Ok(DestinationConnection::new(Box::new(source), back.map(|back| Box::new(back) as Box<_>)).by(way))
     }
 
-    fn await_way_back(
+    fn await_return_path(
         &mut self,
         hooks: &mut DestinationHooks,
         end: &End,
@@ -136,8 +137,8 @@ impl RdmaListener {
         let failed = |error| bounds.error(RECEIVING, error);
         let mut ahead = vec![0; AHEAD_BYTES];
         loop {
-            let look = bounds.hooks.within(end.fabric.now(), POLL_INTERVAL);
-            match hooks.read_stream(&mut ahead, &look) {
+            let slice = bounds.hooks.within(end.fabric.now(), POLL_INTERVAL);
+            match hooks.read_stream(&mut ahead, &slice) {
                 Ok(count) => {
                     ahead.truncate(count);
                     return Ok((None, ahead));
@@ -146,8 +147,8 @@ impl RdmaListener {
                 Err(error) => return Err(failed(error)),
             }
             bounds.hooks.check(end.fabric.now()).map_err(|stopped| failed(stopped.into()))?;
-            let look = bounds.hooks.within(end.fabric.now(), POLL_INTERVAL);
-            let writer = ReturnWriter::accept_within(listener, &granted, &look, &bounds.hooks);
+            let slice = bounds.hooks.within(end.fabric.now(), POLL_INTERVAL);
+            let writer = ReturnWriter::accept_within(listener, &granted, &slice, &bounds.hooks);
             if let Some(writer) = writer.map_err(failed)? {
                 return Ok((Some(writer), Vec::new()));
             }
@@ -167,7 +168,7 @@ pub struct RdmaDestination {
     hooks: Option<DestinationHooks>,
     end: End,
     /// The peer may be silent for now: its NIC answers probes as long as its host is alive.
-    quiet: bool,
+    may_be_silent: bool,
     /// Stream bytes that were read before the session began.
     ahead: Vec<u8>,
     blocks: Vec<Announced>,
@@ -207,7 +208,11 @@ impl ByteSource for RdmaDestination {
             self.ahead.drain(..count);
             return Ok(count);
         }
-        let bounds = if self.quiet { self.end.patient(stop) } else { self.end.bounds(stop, Duration::ZERO) };
+        let bounds = if self.may_be_silent {
+            self.end.stall_bounds(stop)
+        } else {
+            self.end.bounds(stop, Duration::ZERO)
+        };
         let Some(hooks) = &mut self.hooks else { return Ok(0) };
         match hooks.read_stream(room, &bounds.hooks) {
             Err(HooksError::Fabric(FabricError::Disconnected)) => Ok(0),
@@ -215,12 +220,12 @@ impl ByteSource for RdmaDestination {
         }
     }
 
-    fn set_quiet(&mut self, quiet: bool) {
-        self.quiet = quiet;
+    fn set_hints(&mut self, hints: ReadHints) {
+        self.may_be_silent = hints.may_be_silent;
     }
 
     /// An outage longer than the NIC's retries still ends the connection.
-    fn outlast(&mut self, _limit: Duration) {
+    fn tolerate_outage(&mut self, _limit: Duration) {
         self.end.stall = None;
     }
 }
@@ -248,7 +253,7 @@ impl DestinationLink for RdmaDestination {
             return Err(misused(&peer, ANNOUNCING, "the connection has ended").into());
         };
         let never = Stop::never();
-        let bounds = self.end.patient(&never);
+        let bounds = self.end.stall_bounds(&never);
         let failed = |error: HooksError| MoveError::from(bounds.error(ANNOUNCING, error));
         self.page_bytes = memory.table().page().bytes();
         for block in blocks.as_slice() {
@@ -267,7 +272,7 @@ impl DestinationLink for RdmaDestination {
     /// that the source's process runs. So the hooks check whether the queue pair receives anything, and fail after the
     /// stall time without.
     fn receive_round(&mut self, stop: &Stop) -> Result<RoundReceived, MoveError> {
-        let bounds = self.end.patient(stop);
+        let bounds = self.end.stall_bounds(stop);
         let Some(hooks) = &mut self.hooks else {
             return Err(misused(&self.end.peer, SERVING, "the connection has ended").into());
         };
@@ -289,7 +294,7 @@ impl DestinationLink for RdmaDestination {
 
     fn close(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         let Some(hooks) = self.hooks.take() else { return Ok(()) };
-        let bounds = self.end.patient(stop);
+        let bounds = self.end.stall_bounds(stop);
         hooks.finish(&bounds.hooks).map(drop).map_err(|error| bounds.error(PARTING, error))
     }
 }

@@ -61,7 +61,7 @@ impl End {
     }
 
     /// Bounds for a wait that may last as long as the peer is alive.
-    fn patient(&self, stop: &Stop) -> Bounds<'_> {
+    fn stall_bounds(&self, stop: &Stop) -> Bounds<'_> {
         self.bounds_of(stop, None)
     }
 

@@ -16,8 +16,8 @@ use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::sys::{RecvPart, SendPart, Stop, random_id};
 use crate::transport::RdmaOptions;
 use crate::transport::{
-    Address, ByteSink, ByteSource, ChannelError, MoveError, Offer, Receipt, Returned, SourceConnection,
-    SourceLink, StreamOptions, Ticket, Way,
+    Address, ByteSink, ByteSource, ChannelError, ChosenTransport, MoveError, Offer, Receipt, Returned,
+    SourceConnection, SourceLink, StreamOptions, Ticket,
 };
 use crate::units::BlockIndex;
 
@@ -90,7 +90,7 @@ pub fn connect_over(
         spans: Vec::new(),
         tickets: 0,
     };
-    let way = Way { transport: "rdma", why: "the address says so".into() };
+    let way = ChosenTransport { transport: "rdma", why: "the address says so".into() };
     Ok(SourceConnection::new(Box::new(link), back.map(|back| Box::new(back) as Box<_>)).by(way))
 }
 
@@ -191,7 +191,7 @@ impl ByteSink for Wire {
     /// Waits until the destination closes: without a return path, nothing else shows that it has received everything.
     fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         let Some(hooks) = self.hooks.take() else { return Ok(()) };
-        let bounds = self.end.patient(stop);
+        let bounds = self.end.stall_bounds(stop);
         let began = self.end.fabric.now();
         match hooks.finish(&bounds.hooks) {
             Ok(true) => Ok(()),
@@ -343,7 +343,7 @@ impl SourceLink for RdmaLink {
         let due = !self.flights.is_empty() || self.wire.round_open;
         if let Some(hooks) = self.wire.hooks.as_mut().filter(|_| due) {
             let never = Stop::never();
-            let bounds = self.wire.end.patient(&never);
+            let bounds = self.wire.end.stall_bounds(&never);
             let done = hooks.collect().map_err(|error| bounds.error(WRITING, error))?;
             self.retire(done);
         }
@@ -401,7 +401,7 @@ impl ByteSource for RdmaReturnSource {
     /// No stall time: the destination sends only when it has a message.
     fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
         let Some(room) = own_room(into) else { return Ok(0) };
-        let bounds = self.end.patient(stop);
+        let bounds = self.end.stall_bounds(stop);
         match self.reader.read(room, &bounds.hooks) {
             Err(HooksError::Fabric(FabricError::Disconnected)) => Ok(0),
             read => read.map_err(|error| bounds.error(LISTENING, error)),

@@ -11,14 +11,14 @@ use rustix::fs::OFlags;
 use socket2::SockRef;
 
 use super::descriptors::Waiting;
-use super::end::{millis, nature_of};
+use super::end::{millis, stream_kind_of};
 use super::exec::ChildCommand;
 use super::low_watermark::LowWater;
-use super::patience::Patience;
 use super::secured::Secured;
-use super::{End, Nature, Queue, StreamBreaker, StreamOptions, tcp};
+use super::stall_timer::StallTimer;
+use super::{End, Queue, StreamBreaker, StreamKind, StreamOptions, tcp};
 use crate::sys::{FdKind, Stop};
-use crate::transport::ChannelError;
+use crate::transport::{ChannelError, ReadHints};
 
 /// A byte stream: a sink, a source, or both.
 #[derive(Debug)]
@@ -26,10 +26,8 @@ pub struct StreamChannel {
     pub(super) end: Arc<End>,
     pub(super) sent: u64,
     pub(super) stall: Option<Duration>,
-    /// The peer may be silent while its connection answers.
-    pub(super) quiet: bool,
-    /// Received bytes are acknowledged to the peer at once.
-    pub(super) prompt: bool,
+    /// What its reader expects of the next bytes.
+    pub(super) hints: ReadHints,
     pub(super) low_water: LowWater,
     /// Encrypted.
     pub(super) tls: Option<Secured>,
@@ -72,8 +70,8 @@ impl StreamChannel {
         options: &StreamOptions,
         child: Option<ChildCommand>,
     ) -> std::io::Result<Self> {
-        let nature = nature_of(fd.as_fd())?;
-        if nature == Nature::Tcp {
+        let stream_kind = stream_kind_of(fd.as_fd())?;
+        if stream_kind == StreamKind::Tcp {
             tcp::tune(fd.as_fd(), options.dead_peer)?;
         }
         let flags = rustix::fs::fcntl_getfl(&fd)?;
@@ -83,7 +81,7 @@ impl StreamChannel {
         }
         let end = End {
             fd,
-            nature,
+            stream_kind,
             peer,
             dead_peer: AtomicU64::new(millis(options.dead_peer)),
             sync_file: options.sync_file,
@@ -94,9 +92,8 @@ impl StreamChannel {
             end: Arc::new(end),
             sent: 0,
             stall: options.stall,
-            quiet: false,
-            prompt: false,
-            low_water: LowWater::new(nature),
+            hints: ReadHints::default(),
+            low_water: LowWater::new(stream_kind),
             tls: None,
             waiting: None,
         })
@@ -104,15 +101,14 @@ impl StreamChannel {
 
     /// Two halves of the same connection, for two threads. It closes with the later one.
     pub fn split(self) -> (Self, Self) {
-        let low_water = LowWater::new(self.end.nature);
+        let low_water = LowWater::new(self.end.stream_kind);
         let end = Arc::clone(&self.end);
         let tls = self.tls.as_ref().map(Secured::other_half);
         let mut other = Self {
             end,
             sent: 0,
             stall: self.stall,
-            quiet: false,
-            prompt: false,
+            hints: ReadHints::default(),
             low_water,
             tls,
             waiting: None,
@@ -145,14 +141,14 @@ impl StreamChannel {
     /// Longest wait for bytes in which none arrives.
     pub(super) fn stall_in_recv(&self) -> Option<Duration> {
         let answers = self.end.kind() == FdKind::Socket && self.end.child.is_none();
-        self.stall.filter(|_| !(self.quiet && answers))
+        self.stall.filter(|_| !(self.hints.may_be_silent && answers))
     }
 
     /// Only the caller's stop ends a wait, whatever the peer's kernel does for `limit`.
-    pub(super) fn outlast_silence(&mut self, limit: Duration) {
+    pub(super) fn wait_out_outage(&mut self, limit: Duration) {
         self.stall = None;
         self.end.dead_peer.fetch_max(millis(limit), Ordering::Relaxed);
-        if self.end.nature == Nature::Tcp
+        if self.end.stream_kind == StreamKind::Tcp
             && let Err(error) = tcp::keep_alive(&SockRef::from(&self.end.fd), self.end.dead_peer())
         {
             tracing::warn!(%error, "an outage may end this connection sooner than was asked for");
@@ -167,7 +163,7 @@ impl StreamChannel {
     /// Acknowledges received bytes to a TCP peer at once. A peer that holds a small message back until the one before
     /// it is acknowledged (Nagle's algorithm) otherwise waits for our delayed acknowledgement, 40 ms.
     pub(crate) fn acknowledge_at_once(&self) {
-        if self.end.nature == Nature::Tcp
+        if self.end.stream_kind == StreamKind::Tcp
             && let Err(error) = rustix::net::sockopt::set_tcp_quickack(&self.end.fd, true)
         {
             tracing::debug!(%error, "acknowledgements may be delayed");
@@ -203,7 +199,7 @@ impl StreamChannel {
         /// Time after which an incomplete word is read again: the bytes that are there end no wait.
         const RETRY_INTERVAL: Duration = Duration::from_millis(2);
         const PEEKING: &str = "waiting for the first bytes of a channel";
-        let mut patience = Patience::new(&self.end, PEEKING, self.stall);
+        let mut timer = StallTimer::new(&self.end, PEEKING, self.stall);
         let mut word = [0; 4];
         loop {
             match self.peek(&mut word) {
@@ -211,8 +207,8 @@ impl StreamChannel {
                 Ok(0) => {
                     return Err(ChannelError::Closed { peer: self.end.peer.clone(), doing: PEEKING });
                 }
-                Ok(_) => patience.rest(RETRY_INTERVAL, stop)?,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => patience.wait(PollFlags::IN, stop)?,
+                Ok(_) => timer.rest(RETRY_INTERVAL, stop)?,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => timer.wait(PollFlags::IN, stop)?,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(self.end.broken(PEEKING, error)),
             }
@@ -222,10 +218,10 @@ impl StreamChannel {
     /// True if the other end is on this host: its address shows it, or it is a UNIX socket.
     pub(in crate::transport) fn stays_within_host(&self) -> bool {
         let socket = SockRef::from(&self.end.fd);
-        match self.end.nature {
-            Nature::Tcp => tcp::is_within_host(&socket),
-            Nature::Socket => socket.local_addr().is_ok_and(|address| address.is_unix()),
-            Nature::Pipe | Nature::File => false,
+        match self.end.stream_kind {
+            StreamKind::Tcp => tcp::is_within_host(&socket),
+            StreamKind::Socket => socket.local_addr().is_ok_and(|address| address.is_unix()),
+            StreamKind::Pipe | StreamKind::File => false,
         }
     }
 

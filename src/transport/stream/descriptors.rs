@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use super::{End, Giving, StreamChannel};
+use super::{End, SendBackend, StreamChannel};
 use crate::sys::{
     FdKind, RecvPart, SendPart, Stop, recv_parts, recv_with_descriptors, send_parts, send_with_descriptor,
 };
@@ -16,8 +16,8 @@ const MAX_WAITING: usize = 16;
 /// The first byte that leaves carries the descriptor.
 struct WithDescriptor<'a>(Option<BorrowedFd<'a>>);
 
-impl Giving for WithDescriptor<'_> {
-    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> io::Result<usize> {
+impl SendBackend for WithDescriptor<'_> {
+    fn send(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> io::Result<usize> {
         let (Some(descriptor), [SendPart::Own(bytes), ..]) = (self.0, parts) else {
             return send_parts(end.fd.as_fd(), FdKind::Socket, parts, skip);
         };
@@ -35,7 +35,7 @@ impl Waiting {
     fn add(&mut self, more: Vec<OwnedFd>) -> io::Result<()> {
         self.0.extend(more);
         if self.0.len() > MAX_WAITING {
-            let why = format!("more than {MAX_WAITING} descriptors came that no message tells of");
+            let why = format!("more than {MAX_WAITING} descriptors arrived that no message announced");
             return Err(io::Error::new(io::ErrorKind::InvalidData, why));
         }
         Ok(())

@@ -15,7 +15,7 @@ use crate::transport::{ChannelError, TlsError};
 
 /// The kind of the descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::transport) enum Nature {
+pub(in crate::transport) enum StreamKind {
     Tcp,
     Socket,
     Pipe,
@@ -26,7 +26,7 @@ pub(in crate::transport) enum Nature {
 #[derive(Debug)]
 pub(in crate::transport) struct End {
     pub(in crate::transport) fd: OwnedFd,
-    pub(in crate::transport) nature: Nature,
+    pub(in crate::transport) stream_kind: StreamKind,
     pub(in crate::transport) peer: String,
     /// In milliseconds: both halves use a changed value.
     pub(super) dead_peer: AtomicU64,
@@ -38,9 +38,9 @@ pub(in crate::transport) struct End {
 
 impl End {
     pub(in crate::transport) fn kind(&self) -> FdKind {
-        match self.nature {
-            Nature::Tcp | Nature::Socket => FdKind::Socket,
-            Nature::Pipe | Nature::File => FdKind::Other,
+        match self.stream_kind {
+            StreamKind::Tcp | StreamKind::Socket => FdKind::Socket,
+            StreamKind::Pipe | StreamKind::File => FdKind::Other,
         }
     }
 
@@ -97,7 +97,7 @@ impl StreamBreaker {
 
     /// Breaks the connection so that the peer sees a reset (TCP); other sockets are closed.
     pub fn reset(&self) {
-        if self.0.nature != Nature::Tcp || rustix::net::connect_unspec(&self.0.fd).is_err() {
+        if self.0.stream_kind != StreamKind::Tcp || rustix::net::connect_unspec(&self.0.fd).is_err() {
             self.close();
         }
     }
@@ -107,7 +107,7 @@ pub(super) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-pub(super) fn nature_of(fd: BorrowedFd<'_>) -> std::io::Result<Nature> {
+pub(super) fn stream_kind_of(fd: BorrowedFd<'_>) -> std::io::Result<StreamKind> {
     let refused = |what| std::io::Error::new(std::io::ErrorKind::InvalidInput, what);
     match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
         FileType::Socket => {
@@ -116,10 +116,10 @@ pub(super) fn nature_of(fd: BorrowedFd<'_>) -> std::io::Result<Nature> {
                 return Err(refused("not a stream socket"));
             }
             let ip = [socket2::Domain::IPV4, socket2::Domain::IPV6].contains(&socket.domain()?);
-            Ok(if ip { Nature::Tcp } else { Nature::Socket })
+            Ok(if ip { StreamKind::Tcp } else { StreamKind::Socket })
         }
         FileType::Directory => Err(refused("a directory")),
-        FileType::Fifo | FileType::CharacterDevice => Ok(Nature::Pipe),
-        _ => Ok(Nature::File),
+        FileType::Fifo | FileType::CharacterDevice => Ok(StreamKind::Pipe),
+        _ => Ok(StreamKind::File),
     }
 }

@@ -26,7 +26,7 @@ use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 const DOING: &str = "waiting for the command to end";
 
 /// Longest time between two checks of a running command: there is no event for a stopped one.
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 
 pub(in crate::transport) static SCHEME: Scheme = Scheme {
     name: "exec",
@@ -132,7 +132,7 @@ impl ChildCommand {
         let bounded = limit.map_or_else(|| stop.clone(), |limit| stop.within(limit));
         let peer = || format!("exec:{}", self.command);
         let broken = |source| ChannelError::Io { peer: peer(), doing: DOING, source };
-        let ended = || bounded.within(LOOK_INTERVAL).wait(self.ended.as_fd(), PollFlags::IN);
+        let ended = || bounded.within(POLL_INTERVAL).wait(self.ended.as_fd(), PollFlags::IN);
         while ended().map_err(broken)?.is_some() {
             self.check()?;
             match (bounded.reason(), limit) {

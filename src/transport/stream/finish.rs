@@ -6,8 +6,8 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::net::Shutdown;
 
-use super::patience::Patience;
-use super::{Nature, StreamChannel};
+use super::stall_timer::StallTimer;
+use super::{StreamChannel, StreamKind};
 use crate::sys::{FdKind, RecvPart, Stop, queued_bytes};
 use crate::transport::{ByteSource, ChannelError};
 
@@ -23,16 +23,16 @@ impl StreamChannel {
     /// # Errors
     /// [`ChannelError`]; what was sent may then not have arrived. Syncing a file can't be stopped.
     pub fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
-        self.say_end(stop)?;
-        match self.end.nature {
-            Nature::Tcp => {
+        self.send_end(stop)?;
+        match self.end.stream_kind {
+            StreamKind::Tcp => {
                 self.close_sending()?;
                 self.await_acknowledged(stop)?;
             }
-            Nature::Socket => self.close_sending()?,
-            Nature::File if self.end.sync_file => self.sync_file()?,
-            Nature::Pipe if self.end.child.is_some() => return self.read_out(stop),
-            Nature::File | Nature::Pipe => {}
+            StreamKind::Socket => self.close_sending()?,
+            StreamKind::File if self.end.sync_file => self.sync_file()?,
+            StreamKind::Pipe if self.end.child.is_some() => return self.read_out(stop),
+            StreamKind::File | StreamKind::Pipe => {}
         }
         self.await_child(stop)
     }
@@ -48,7 +48,7 @@ impl StreamChannel {
     fn await_acknowledged(&self, stop: &Stop) -> Result<(), ChannelError> {
         const RETRY_INTERVAL: Duration = Duration::from_millis(2);
         let fd = self.end.fd.as_fd();
-        let mut patience = Patience::new(&self.end, FINISHING, self.stall);
+        let mut timer = StallTimer::new(&self.end, FINISHING, self.stall);
         loop {
             let waiting = queued_bytes(fd, FdKind::Socket);
             if waiting.map_err(|source| self.end.broken(FINISHING, source))? == 0 {
@@ -58,7 +58,7 @@ impl StreamChannel {
                 return Err(self.end.broken(FINISHING, error));
             }
             // There is no event for the last acknowledgement.
-            patience.rest(RETRY_INTERVAL, stop)?;
+            timer.rest(RETRY_INTERVAL, stop)?;
         }
     }
 
@@ -68,7 +68,7 @@ impl StreamChannel {
         const RETRY_INTERVAL: Duration = Duration::from_millis(2);
         let Some(child) = &self.end.child else { return Ok(()) };
         let fd = self.end.fd.as_fd();
-        let mut patience = Patience::new(&self.end, READING, self.stall);
+        let mut timer = StallTimer::new(&self.end, READING, self.stall);
         loop {
             child.check()?;
             if self.has_been_closed() {
@@ -78,7 +78,7 @@ impl StreamChannel {
             if waiting.map_err(|source| self.end.broken(READING, source))? == 0 {
                 return Ok(());
             }
-            patience.rest(RETRY_INTERVAL, stop)?;
+            timer.rest(RETRY_INTERVAL, stop)?;
         }
     }
 
@@ -100,7 +100,7 @@ impl StreamChannel {
                 count => taken += count,
             }
         }
-        let source = std::io::Error::new(std::io::ErrorKind::InvalidData, "goes on after the stream's end");
+        let source = std::io::Error::new(std::io::ErrorKind::InvalidData, "continues after the stream's end");
         Err(self.end.broken(FINISHING, source))
     }
 

@@ -8,7 +8,7 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use super::Nature;
+use super::StreamKind;
 use crate::sys::set_low_water;
 
 /// Minimum number of bytes to wait for: fewer come in one or two segments anyway.
@@ -19,7 +19,7 @@ const MARKS: [usize; 4] = [1 << 20, 512 << 10, 256 << 10, 128 << 10];
 
 /// Maximum number of bytes to wait for. The kernel's own limit is half of the receive buffer's maximum, 3 MiB by
 /// default.
-const MOST: usize = MARKS[0];
+const MAX_MARK: usize = MARKS[0];
 
 /// Longest wait for bytes that need not come: it happens once at the end of data that arrived fast.
 pub(super) const BURST_TIMEOUT: Duration = Duration::from_micros(500);
@@ -43,8 +43,8 @@ pub(super) struct LowWater {
 
 impl LowWater {
     /// For a socket whose mark was never set.
-    pub(super) fn new(nature: Nature) -> Self {
-        let able = nature == Nature::Tcp;
+    pub(super) fn new(stream_kind: StreamKind) -> Self {
+        let able = stream_kind == StreamKind::Tcp;
         Self { able, mark: 1, drained: false, bulk: false, waited_at: None, bytes: 0 }
     }
 
@@ -63,7 +63,7 @@ impl LowWater {
 
     /// Number of bytes to wait for if `due` bytes are certain to come.
     fn worth(&self, due: usize) -> usize {
-        if self.able && due >= FEWEST { due.min(MOST) } else { 1 }
+        if self.able && due >= FEWEST { due.min(MAX_MARK) } else { 1 }
     }
 
     /// True if a wait pays before the next read: few bytes are available, but `due` bytes must come.
@@ -146,7 +146,7 @@ mod tests {
     #[test]
     fn only_what_must_come_or_follows_at_a_pace_is_waited_for() {
         let (near, _far) = UnixStream::pair().unwrap();
-        let mut water = LowWater::new(Nature::Tcp);
+        let mut water = LowWater::new(StreamKind::Tcp);
         water.took(10, 100);
         assert!(
             !water.waits_briefly(near.as_fd()) && !water.waits_first(FEWEST - 1) && water.waits_first(FEWEST)
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn other_sockets_wait_for_a_byte() {
         let (near, _far) = UnixStream::pair().unwrap();
-        let mut water = LowWater::new(Nature::Socket);
+        let mut water = LowWater::new(StreamKind::Socket);
         water.set_bulk(true);
         for _ in 0..3 {
             water.took(100 << 20, 200 << 20);

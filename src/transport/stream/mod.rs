@@ -1,7 +1,7 @@
 //! A byte stream over a descriptor: a socket, a pipe or a file.
 //!
 //! The descriptor is non-blocking and every wait is a poll that watches the caller's [`Stop`](crate::sys::Stop) too;
-//! how long a wait lasts is decided in `patience`. Parts are handed to the kernel where they lie, up to 1024 a call, so
+//! how long a wait lasts is decided in `stall_timer`. Parts are handed to the kernel where they lie, up to 1024 a call, so
 //! guest RAM is not copied by us.
 
 mod channel;
@@ -12,8 +12,8 @@ pub(super) mod file;
 mod finish;
 pub(super) mod inherited;
 mod low_watermark;
-pub(super) mod patience;
 mod secured;
+pub(super) mod stall_timer;
 pub(super) mod tcp;
 #[cfg(test)]
 mod tests;
@@ -25,8 +25,8 @@ use std::time::Duration;
 use crate::transport::{Address, OpenError};
 pub use channel::StreamChannel;
 pub use end::StreamBreaker;
-pub(super) use end::{End, Nature, Queue};
-pub(super) use transfer::Giving;
+pub(super) use end::{End, Queue, StreamKind};
+pub(super) use transfer::SendBackend;
 
 /// How long waits last, and what the end of a stream means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rustix::event::PollFlags;
 
-use super::patience::Patience;
+use super::stall_timer::StallTimer;
 use super::{End, StreamChannel};
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
 use crate::transport::tls::{Tls, TlsError, TlsSession};
@@ -97,7 +97,7 @@ impl StreamChannel {
         let stall = self.stall_in_recv();
         let Some(Secured { session, .. }) = &self.tls else { return Ok(0) };
         let end = &*self.end;
-        let mut patience = Patience::new(end, RECEIVING, stall);
+        let mut timer = StallTimer::new(end, RECEIVING, stall);
         loop {
             let reason = stop.reason();
             if let Some(reason @ StopReason::Cancelled) = reason {
@@ -105,7 +105,7 @@ impl StreamChannel {
             }
             match session.recv(end.fd.as_fd(), into) {
                 Ok(count) => {
-                    if self.prompt {
+                    if self.hints.small_messages {
                         self.acknowledge_at_once();
                     }
                     return Ok(count);
@@ -117,7 +117,7 @@ impl StreamChannel {
             if let Some(reason) = reason {
                 return Err(ChannelError::Stopped { reason, doing: RECEIVING });
             }
-            patience.wait(PollFlags::IN, stop)?;
+            timer.wait(PollFlags::IN, stop)?;
         }
     }
 
@@ -130,7 +130,7 @@ impl StreamChannel {
         self.tls.as_ref().is_some_and(|tls| !tls.session.is_open())
     }
 
-    /// As [`say_end`](Self::say_end), but only if there is room for it.
+    /// As [`send_end`](Self::send_end), but only if there is room for it.
     pub(in crate::transport) fn say_end_at_once(&self) {
         let Some(Secured { session, .. }) = &self.tls else { return };
         if session.is_open() {
@@ -142,7 +142,7 @@ impl StreamChannel {
 
     /// Announces that no byte follows, if TLS is used: with it, a peer distinguishes a stream that has ended from a
     /// truncated one.
-    pub(in crate::transport) fn say_end(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+    pub(in crate::transport) fn send_end(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         const ENDING: &str = "ending the TLS connection";
         let Some(Secured { session, .. }) = &self.tls else { return Ok(()) };
         session.close();
@@ -159,7 +159,7 @@ fn shake_hands(
     if session.is_open() {
         return Ok(());
     }
-    let mut patience = Patience::new(end, SHAKING, stall);
+    let mut timer = StallTimer::new(end, SHAKING, stall);
     loop {
         let awaited = match session.shake_hands(end.fd.as_fd()) {
             Ok(true) => return Ok(()),
@@ -168,7 +168,7 @@ fn shake_hands(
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(end.broken(SHAKING, error)),
         };
-        patience.wait(awaited, stop)?;
+        timer.wait(awaited, stop)?;
     }
 }
 
@@ -181,7 +181,7 @@ fn push(
     doing: &'static str,
 ) -> Result<(), ChannelError> {
     let fd = end.fd.as_fd();
-    let mut patience = None;
+    let mut timer = None;
     loop {
         if let Some(reason) = stop.reason() {
             return Err(ChannelError::Stopped { reason, doing });
@@ -189,9 +189,7 @@ fn push(
         match session.push(fd) {
             Ok(true) => return Ok(()),
             Ok(false) => {
-                patience
-                    .get_or_insert_with(|| Patience::new(end, doing, stall))
-                    .wait(PollFlags::OUT, stop)?;
+                timer.get_or_insert_with(|| StallTimer::new(end, doing, stall)).wait(PollFlags::OUT, stop)?;
             }
             // The peer may have sent the reason before it closed.
             Err(error) => return Err(end.broken(doing, session.why_broken(fd).unwrap_or(error))),

@@ -151,8 +151,8 @@ fn connect_one(
     match socket.connect(&address.into()) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
-            let patience = stop.within(options.dead_peer);
-            match patience.wait(socket.as_fd(), PollFlags::OUT).map_err(broken)? {
+            let limit = stop.within(options.dead_peer);
+            match limit.wait(socket.as_fd(), PollFlags::OUT).map_err(broken)? {
                 None => {}
                 Some(StopReason::Deadline) if stop.reason().is_none() => {
                     return Err(ChannelError::Silent { peer, doing: CONNECTING, after: options.dead_peer });

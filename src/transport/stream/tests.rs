@@ -12,7 +12,7 @@ use crate::sys::{
     blocked::{own_thread, until_blocked},
 };
 use crate::sys::{RecvPart, Stop, StopReason};
-use crate::transport::{ByteSource, ChannelError};
+use crate::transport::{ByteSource, ChannelError, ReadHints};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -39,6 +39,10 @@ fn soon() -> Stop {
 /// The result of a read that waits for `DUE` bytes and has room for everything that the test sends.
 fn take(channel: &mut StreamChannel, due: usize) -> Result<usize, ChannelError> {
     channel.recv_due(&mut [RecvPart::Own(&mut vec![0; 2 * MARK])], due, &soon())
+}
+
+fn bulk(bulk: bool) -> ReadHints {
+    ReadHints { bulk, ..ReadHints::default() }
 }
 
 fn take_all(channel: &mut StreamChannel, mut due: usize) {
@@ -76,7 +80,7 @@ fn a_peer_that_stops_a_byte_short_of_what_is_due_is_read_soon() {
 fn a_burst_that_ends_a_byte_short_of_a_mark_goes_on_within_a_moment() {
     let (mut near, far) = tcp();
     let mut far = channel(far, 60 * SOON);
-    far.set_bulk(true);
+    far.set_hints(bulk(true));
     // A data rate at which it waits for any mark.
     far.low_water.took(1, 2);
     assert!(!far.low_water.waits_briefly(far.end.fd.as_fd()));
@@ -96,7 +100,7 @@ fn a_burst_that_ends_a_byte_short_of_a_mark_goes_on_within_a_moment() {
         left -= take(&mut far, 1).unwrap();
     }
     let mut near = writer.join().unwrap();
-    far.set_bulk(false);
+    far.set_hints(bulk(false));
     let reader = own_thread();
     let writer = std::thread::spawn(move || {
         until_blocked(reader);
@@ -205,7 +209,7 @@ fn the_socket_is_left_as_it_was_found() {
 fn a_unix_socket_waits_for_its_first_byte() {
     let (mut near, far) = UnixStream::pair().unwrap();
     let mut far = channel(far, 60 * SOON);
-    far.set_bulk(true);
+    far.set_hints(bulk(true));
     for _ in 0..3 {
         near.write_all(&[1; 10]).unwrap();
         assert_eq!(take(&mut far, DUE).unwrap(), 10);

@@ -7,18 +7,18 @@ use rustix::event::PollFlags;
 
 use super::descriptors;
 use super::low_watermark::BURST_TIMEOUT;
-use super::patience::Patience;
-use super::{End, Nature, StreamChannel};
+use super::stall_timer::StallTimer;
+use super::{End, StreamChannel, StreamKind};
 use crate::sys::{MAX_PARTS, RecvPart, SendPart, Stop, StopReason, queued_bytes, send_parts};
-use crate::transport::{ByteSink, ByteSource, ChannelError};
+use crate::transport::{ByteSink, ByteSource, ChannelError, ReadHints};
 
 const SENDING: &str = "sending the stream";
 const RECEIVING: &str = "waiting for the stream";
 
 /// How parts are handed to the kernel.
-pub(in crate::transport) trait Giving {
+pub(in crate::transport) trait SendBackend {
     /// Hands over as many bytes as there is room for; returns their number.
-    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize>;
+    fn send(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize>;
 
     /// There is no room: before a wait until there is.
     fn before_wait(&mut self, _end: &End) -> Result<(), ChannelError> {
@@ -29,8 +29,8 @@ pub(in crate::transport) trait Giving {
 /// The kernel copies the bytes.
 struct Copying;
 
-impl Giving for Copying {
-    fn give(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
+impl SendBackend for Copying {
+    fn send(&mut self, end: &End, parts: &[SendPart<'_>], skip: usize) -> std::io::Result<usize> {
         send_parts(end.fd.as_fd(), end.kind(), parts, skip)
     }
 }
@@ -39,13 +39,13 @@ impl StreamChannel {
     /// Sends all parts, in order.
     pub(in crate::transport) fn send_by(
         &mut self,
-        giving: &mut impl Giving,
+        backend: &mut impl SendBackend,
         parts: &[SendPart<'_>],
         stop: &Stop,
     ) -> Result<(), ChannelError> {
         let end = &*self.end;
         let (mut first, mut skip) = (0, 0);
-        let mut patience: Option<Patience<'_>> = None;
+        let mut timer: Option<StallTimer<'_>> = None;
         loop {
             while parts.get(first).is_some_and(|part| skip >= part.len()) {
                 skip -= parts[first].len();
@@ -58,16 +58,16 @@ impl StreamChannel {
                 return Err(ChannelError::Stopped { reason, doing: SENDING });
             }
             let window = &parts[first..parts.len().min(first + MAX_PARTS)];
-            match giving.give(end, window, skip) {
+            match backend.send(end, window, skip) {
                 Ok(count) => {
                     skip += count;
                     self.sent += count as u64;
-                    patience = None;
+                    timer = None;
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    giving.before_wait(end)?;
-                    patience
-                        .get_or_insert_with(|| Patience::new(end, SENDING, self.stall))
+                    backend.before_wait(end)?;
+                    timer
+                        .get_or_insert_with(|| StallTimer::new(end, SENDING, self.stall))
                         .wait(PollFlags::OUT, stop)?;
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -113,15 +113,15 @@ impl ByteSink for StreamChannel {
         self.send_carrying(bytes, descriptor, stop)
     }
 
-    fn outlast(&mut self, limit: Duration) {
-        self.outlast_silence(limit);
+    fn tolerate_outage(&mut self, limit: Duration) {
+        self.wait_out_outage(limit);
     }
 
     fn position(&self) -> u64 {
         self.sent
     }
 
-    fn under_way(&self) -> u64 {
+    fn unacknowledged(&self) -> u64 {
         // If the kernel does not report it, as for a file, no waiting bytes are known.
         queued_bytes(self.end.fd.as_fd(), self.end.kind()).unwrap_or(0)
     }
@@ -145,7 +145,7 @@ impl StreamChannel {
         }
         let (end, stall) = (&*self.end, self.stall_in_recv());
         let fd = end.fd.as_fd();
-        let mut patience: Option<Patience<'_>> = None;
+        let mut timer: Option<StallTimer<'_>> = None;
         let mut wait_first = self.low_water.waits_first(due);
         if stop.reason().is_none() && self.low_water.waits_briefly(fd) {
             let waited = stop.wait_briefly(fd, PollFlags::IN, BURST_TIMEOUT);
@@ -162,7 +162,7 @@ impl StreamChannel {
                     Ok(0) => return self.await_child(stop).map(|()| 0),
                     Ok(count) => {
                         self.low_water.took(count, room);
-                        if self.prompt {
+                        if self.hints.small_messages {
                             // The kernel forgets it with the next bytes.
                             self.acknowledge_at_once();
                         }
@@ -177,10 +177,10 @@ impl StreamChannel {
                     Err(error) => return Err(end.broken(RECEIVING, error)),
                 }
             }
-            let patience = patience.get_or_insert_with(|| Patience::new(end, RECEIVING, stall));
+            let timer = timer.get_or_insert_with(|| StallTimer::new(end, RECEIVING, stall));
             match self.low_water.before_wait(fd, due) {
-                true => patience.wait_for_mark(stop)?,
-                false => patience.wait(PollFlags::IN, stop)?,
+                true => timer.wait_for_mark(stop)?,
+                false => timer.wait(PollFlags::IN, stop)?,
             }
         }
     }
@@ -192,23 +192,16 @@ impl ByteSource for StreamChannel {
         self.recv_due(into, 1, stop)
     }
 
-    fn set_bulk(&mut self, bulk: bool) {
-        self.low_water.set_bulk(bulk);
+    fn set_hints(&mut self, hints: ReadHints) {
+        self.low_water.set_bulk(hints.bulk);
+        self.hints = hints;
     }
 
-    fn ended_well(&mut self, stop: &Stop) -> Result<(), ChannelError> {
-        match self.end.nature {
-            Nature::Pipe if self.end.child.is_some() => self.read_out(stop),
+    fn check_writer(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        match self.end.stream_kind {
+            StreamKind::Pipe if self.end.child.is_some() => self.read_out(stop),
             _ => Ok(()),
         }
-    }
-
-    fn set_quiet(&mut self, quiet: bool) {
-        self.quiet = quiet;
-    }
-
-    fn set_prompt(&mut self, prompt: bool) {
-        self.prompt = prompt;
     }
 
     fn want_descriptors(&mut self, wanted: bool) -> bool {
@@ -219,11 +212,11 @@ impl ByteSource for StreamChannel {
         self.take_descriptor()
     }
 
-    fn outlast(&mut self, limit: Duration) {
-        self.outlast_silence(limit);
+    fn tolerate_outage(&mut self, limit: Duration) {
+        self.wait_out_outage(limit);
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
-        matches!(self.end.nature, Nature::Tcp | Nature::Socket).then(|| self.end.fd.as_fd())
+        matches!(self.end.stream_kind, StreamKind::Tcp | StreamKind::Socket).then(|| self.end.fd.as_fd())
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::Random;
 use crate::sys::{RecvPart, SendPart, Stop};
-use crate::transport::{ByteSink, ByteSource, ChannelError, StreamBreaker};
+use crate::transport::{ByteSink, ByteSource, ChannelError, ReadHints, StreamBreaker};
 
 const PEER: &str = "fault injection";
 const DOING: &str = "carrying the stream";
@@ -176,8 +176,8 @@ impl<T: ByteSink> ByteSink for Faulty<T> {
         self.at
     }
 
-    fn under_way(&self) -> u64 {
-        self.inner.as_ref().map_or(0, ByteSink::under_way)
+    fn unacknowledged(&self) -> u64 {
+        self.inner.as_ref().map_or(0, ByteSink::unacknowledged)
     }
 }
 
@@ -230,21 +230,15 @@ impl<T: ByteSource> ByteSource for Faulty<T> {
         Ok(count)
     }
 
-    fn set_bulk(&mut self, bulk: bool) {
+    fn set_hints(&mut self, hints: ReadHints) {
         if let Some(inner) = &mut self.inner {
-            inner.set_bulk(bulk);
+            inner.set_hints(hints);
         }
     }
 
-    fn set_quiet(&mut self, quiet: bool) {
+    fn tolerate_outage(&mut self, limit: Duration) {
         if let Some(inner) = &mut self.inner {
-            inner.set_quiet(quiet);
-        }
-    }
-
-    fn outlast(&mut self, limit: Duration) {
-        if let Some(inner) = &mut self.inner {
-            inner.outlast(limit);
+            inner.tolerate_outage(limit);
         }
     }
 }

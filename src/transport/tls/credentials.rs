@@ -225,7 +225,7 @@ fn is_absent(error: &pem::Error) -> bool {
 fn in_words(error: &pem::Error) -> String {
     match error {
         pem::Error::Io(error) => format!("reading failed: {error}"),
-        pem::Error::NoItemsFound => "nothing of that kind is in it; write it in the PEM form".into(),
+        pem::Error::NoItemsFound => "it contains none; write it in the PEM format".into(),
         other => format!("it is not in the PEM form: {other:?}"),
     }
 }

@@ -26,8 +26,8 @@ pub(super) fn refused(error: &Error) -> TlsError {
             Remedy::Advice("let it take TLS 1.3 or 1.2 with AES-GCM or ChaCha20 and certificates"),
         ),
         Error::DecryptError => (
-            "a record was changed on its way, or is of another key".to_owned(),
-            Remedy::Advice("look at what stands between the ends"),
+            "a TLS record was changed in transit, or encrypted with another key".to_owned(),
+            Remedy::Advice("check the network between the ends"),
         ),
         other => (other.to_string(), Remedy::Advice("look at the other end's log")),
     };

@@ -134,7 +134,7 @@ fn send(address: &Address, memory: Arc<MappedGuest>, way: Way) -> Result<SourceR
     let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(standing_still()) };
     let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
     let mut settings = SourceSettings::new(configuration);
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     if way.whole {
         settings.zero_detection = ZeroDetection::None;
     }

@@ -148,7 +148,7 @@ fn send(source: &Mapping, address: &Address, way: Way, stop: &Stop) -> Result<So
     let guest = SourceGuest { memory, dirty: Vec::new(), control: Box::new(standing_still()) };
     let mut settings =
         SourceSettings::new(Configuration { machine: "none".into(), ..Configuration::default() });
-    settings.guest_stands_still = true;
+    settings.guest_is_paused = true;
     settings.same_host = true;
     settings.postcopy = way.postcopy.then(|| {
         let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));

@@ -203,7 +203,7 @@ impl TinyVm {
                     found.add(format!("vCPU {number} had to stop: {why}"));
                 }
             }
-            verify::look(&self.board.memory, &machine.plan, &sequences, &mut found);
+            verify::check_pages(&self.board.memory, &machine.plan, &sequences, &mut found);
             Ok(found)
         })
     }
@@ -212,9 +212,9 @@ impl TinyVm {
         self.machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn with<T>(&self, look: impl FnOnce(&mut Machine) -> io::Result<T>) -> io::Result<T> {
+    fn with<T>(&self, work: impl FnOnce(&mut Machine) -> io::Result<T>) -> io::Result<T> {
         let none = "the VM has no state: fill it or load its devices first";
-        look(self.machine().as_mut().ok_or_else(|| invalid(none.into()))?)
+        work(self.machine().as_mut().ok_or_else(|| invalid(none.into()))?)
     }
 }
 

@@ -10,7 +10,7 @@ use super::code::invalid;
 use super::vcpu::Registers;
 
 /// Registers of a vCPU take about 2 KiB; more than this is no state of ours.
-const MOST: u32 = 1 << 20;
+const MAX_BYTES: u32 = 1 << 20;
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SavedState {
@@ -42,7 +42,7 @@ impl SavedState {
         let mut length = [0; 4];
         from.read_exact(&mut length)?;
         let length = u32::from_le_bytes(length);
-        if length > MOST {
+        if length > MAX_BYTES {
             return Err(invalid(format!("a device state of {length} bytes is no tiny VM's")));
         }
         let mut json = vec![0; length as usize];

@@ -130,9 +130,9 @@ impl Vcpu {
             drop(fd);
             if let Err(why) = ran {
                 *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
-                return self.gate.stand_for_good();
+                return self.gate.wait_for_end();
             }
-            runs = self.gate.stand_still();
+            runs = self.gate.wait_while_closed();
         }
     }
 
@@ -159,7 +159,7 @@ impl Vcpu {
             }
             if let Some(ring) = &self.ring {
                 // A full ring is more than half full.
-                ring.relieve().map_err(|error| error.to_string())?;
+                ring.collect_if_half_full().map_err(|error| error.to_string())?;
             }
             let ran = slice.elapsed();
             if ran >= SLICE {

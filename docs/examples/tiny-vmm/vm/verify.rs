@@ -6,7 +6,7 @@ use ramwire::ram::PageRun;
 use super::code::{Duty, Plan, Words, all_pages};
 
 /// Wrong pages that are told in words.
-const TOLD: usize = 8;
+const MAX_FAULTS: usize = 8;
 
 /// What a look at all pages found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,14 +22,14 @@ pub(crate) struct Found {
 impl Found {
     pub(super) fn add(&mut self, fault: String) {
         self.wrong += 1;
-        if self.faults.len() < TOLD {
+        if self.faults.len() < MAX_FAULTS {
             self.faults.push(fault);
         }
     }
 }
 
 /// `sequences`: the write each vCPU is at.
-pub(super) fn look(memory: &MappedGuest, plan: &Plan, sequences: &[u32], found: &mut Found) {
+pub(super) fn check_pages(memory: &MappedGuest, plan: &Plan, sequences: &[u32], found: &mut Found) {
     let mut bytes = [0; 4096];
     for run in all_pages(memory) {
         found.pages += 1;

@@ -8,8 +8,8 @@ use crate::hooks::HooksError;
 use crate::stop::{Stop, Stopped};
 
 /// Number of checks of a silent source's round before the connection fails; they are also at most this far apart.
-const LOOKS: u32 = 4;
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const MIN_CHECKS: u32 = 4;
+const MAX_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// Data that may be in flight before a message: 8 MiB on a link of 1 MiB/s.
 const ON_ITS_WAY: Duration = Duration::from_secs(8);
 /// Factor on the allowed silence of a source that sends no keepalives, if its writes aren't counted: its last round may
@@ -25,8 +25,9 @@ impl DestinationHooks {
         let Some(silence) = self.silence else { return self.stream.request(stop) };
         let mut seen: Option<(Option<u64>, Instant)> = None;
         loop {
-            let look = stop.within(self.stream.channel.now(), (silence / LOOKS).min(LOOK_EVERY));
-            match self.stream.request(&look) {
+            let slice =
+                stop.within(self.stream.channel.now(), (silence / MIN_CHECKS).min(MAX_CHECK_INTERVAL));
+            match self.stream.request(&slice) {
                 Err(HooksError::Stopped(Stopped::Deadline)) => {}
                 request => return request,
             }
@@ -40,13 +41,13 @@ impl DestinationHooks {
             }
             let silence = silence.saturating_add(self.registering());
             // A device that has not counted the stream's messages does not count.
-            let after = match (mark != self.mark, self.hears_alive()) {
+            let after = match (mark != self.mark, self.expects_keepalives()) {
                 (true, _) => silence,
                 (false, true) => silence.saturating_add(ON_ITS_WAY),
                 (false, false) => silence.saturating_mul(UNSEEN_FACTOR),
             };
             // If this end was stopped meanwhile, the source's messages have arrived by now.
-            if now.saturating_duration_since(since) >= after && !self.stream.has_news()? {
+            if now.saturating_duration_since(since) >= after && !self.stream.has_input()? {
                 return Err(HooksError::Silent { after });
             }
         }

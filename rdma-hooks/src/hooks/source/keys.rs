@@ -182,7 +182,11 @@ impl SourceHooks {
         let Some(span) = self.spans.get(id) else { return Ok(()) };
         let (block, next) = (span.block, span.first + span.chunks);
         let is_late = span.chunks >= 2 && chunk >= span.first + span.chunks / 2;
-        if !is_late || self.asked.is_some() || !self.main.has_credit() || !self.spans.goes_on(block, next) {
+        if !is_late
+            || self.asked.is_some()
+            || !self.main.has_credit()
+            || !self.spans.continues_at(block, next)
+        {
             return Ok(());
         }
         let count = self.spans.plan(block, next);

@@ -99,7 +99,7 @@ impl SourceHooks {
     }
 
     fn write_out(&mut self, run: Run, stop: &Stop) -> Result<(), HooksError> {
-        if run.content == Content::Data || self.is_better_written(&run) {
+        if run.content == Content::Data || self.is_cheaper_written(&run) {
             let mut start = run.range.start;
             while start < run.range.end {
                 let end = run.range.end.min((chunk_of(start) + 1) * CHUNK_BYTES);
@@ -108,11 +108,11 @@ impl SourceHooks {
             }
             return Ok(());
         }
-        self.tell_zero(run, stop)
+        self.queue_zero_run(run, stop)
     }
 
     /// A few zeros cost less as written bytes than as a message, if the key is at hand.
-    fn is_better_written(&self, run: &Run) -> bool {
+    fn is_cheaper_written(&self, run: &Run) -> bool {
         let chunks = chunk_of(run.range.start)..=chunk_of(run.range.end - 1);
         run.len() < self.zero_floor()
             && (!self.pinned.is_empty()
@@ -163,7 +163,7 @@ impl SourceHooks {
         if let Some(run) = self.merger.take() {
             self.write_out(run, stop)?;
         }
-        self.tell_gathered(stop)?;
+        self.send_gathered(stop)?;
         self.ring()
     }
 }

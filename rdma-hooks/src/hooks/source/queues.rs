@@ -1,6 +1,6 @@
 //! The source's queue pairs: posting, completions and received messages.
 
-use super::{Round, SAY_ALIVE_EVERY, SourceHooks};
+use super::{KEEPALIVE_INTERVAL, Round, SourceHooks};
 use crate::channel::Channel;
 use crate::control::{Kind, Message};
 use crate::hooks::HooksError;
@@ -16,7 +16,7 @@ impl SourceHooks {
 
     /// Sleeps until an event on a queue pair; polls the others.
     pub(super) fn rest(&mut self, queue: usize, stop: &Stop) -> Result<(), HooksError> {
-        let now = self.channel(queue).checked_at();
+        let now = self.channel(queue).clock_read_at();
         for other in (0..self.queue_pairs()).filter(|other| *other != queue) {
             // The next pump checks the messages that the main queue pair has received.
             self.channel(other).watch(now)?;
@@ -46,23 +46,23 @@ impl SourceHooks {
         }
         self.settle();
         self.take_keys_ahead()?;
-        self.tell_gathered_at_leisure()?;
-        self.say_alive()?;
+        self.send_gathered_if_ready()?;
+        self.send_keepalive()?;
         Ok(news)
     }
 
     /// The destination does not see a round's writes. If it asked for keepalives, one is sent after a second without
     /// any other message. If there is no credit, the destination still has an unprocessed message, which shows the
     /// same.
-    pub(super) fn say_alive(&mut self) -> Result<(), HooksError> {
-        let wanted = self.granted.extension.is_some_and(|extension| extension.features.says_alive);
+    pub(super) fn send_keepalive(&mut self) -> Result<(), HooksError> {
+        let wanted = self.granted.extension.is_some_and(|extension| extension.features.keepalives);
         if !wanted || !matches!(self.round, Round::Open(_)) {
             return Ok(());
         }
-        let looked = self.main.data_queues.iter().map(Channel::checked_at).max();
-        let now = self.main.channel.checked_at().max(looked.unwrap_or(self.main.channel.checked_at()));
-        let silent = now.saturating_duration_since(self.main.channel.said_at());
-        if silent >= SAY_ALIVE_EVERY && self.main.can_send_now() {
+        let latest = self.main.data_queues.iter().map(Channel::clock_read_at).max();
+        let now = self.main.channel.clock_read_at().max(latest.unwrap_or(self.main.channel.clock_read_at()));
+        let silent = now.saturating_duration_since(self.main.channel.last_sent_at());
+        if silent >= KEEPALIVE_INTERVAL && self.main.can_send_now() {
             self.main.send(&Message::Alive, &Stop::default())?;
         }
         Ok(())

@@ -72,7 +72,7 @@ impl SourceHooks {
     }
 
     /// Sends a zero run to the destination, now or with the next list.
-    pub(super) fn tell_zero(&mut self, run: Run, stop: &Stop) -> Result<(), HooksError> {
+    pub(super) fn queue_zero_run(&mut self, run: Run, stop: &Stop) -> Result<(), HooksError> {
         self.wait_for_chunks(&run, stop)?;
         self.main.channel.counters.zero_ranges += 1;
         self.main.channel.counters.zero_bytes += run.len();
@@ -80,28 +80,28 @@ impl SourceHooks {
         let Run { block, range, ticket, .. } = run;
         self.zeros.gathered.push_back(Zeroing { block, range, ticket });
         let full = self.zeros.gathered.len() >= LIST_RANGES || self.zeros.gathered_bytes >= LIST_BYTES;
-        if full { self.tell_gathered(stop) } else { self.tell_gathered_at_leisure() }
+        if full { self.send_gathered(stop) } else { self.send_gathered_if_ready() }
     }
 
     /// Sends what needs no wait: a list if the destination has processed the one before, or one range.
-    pub(super) fn tell_gathered_at_leisure(&mut self) -> Result<(), HooksError> {
+    pub(super) fn send_gathered_if_ready(&mut self) -> Result<(), HooksError> {
         let may = !self.takes_lists() || self.zeros.told.is_empty();
         if may && !self.zeros.gathered.is_empty() && self.main.can_send_now() {
-            return self.tell_next(&Stop::default());
+            return self.send_next_zeros(&Stop::default());
         }
         Ok(())
     }
 
     /// Sends all that has gathered.
-    pub(super) fn tell_gathered(&mut self, stop: &Stop) -> Result<(), HooksError> {
+    pub(super) fn send_gathered(&mut self, stop: &Stop) -> Result<(), HooksError> {
         while !self.zeros.gathered.is_empty() {
-            self.tell_next(stop)?;
+            self.send_next_zeros(stop)?;
         }
         Ok(())
     }
 
     /// Sends the next message: everything as a list, or the oldest range.
-    fn tell_next(&mut self, stop: &Stop) -> Result<(), HooksError> {
+    fn send_next_zeros(&mut self, stop: &Stop) -> Result<(), HooksError> {
         let count = if self.takes_lists() { self.zeros.gathered.len() } else { 1 };
         let told = |zeroing: &Zeroing| Compress {
             block: zeroing.block,
@@ -129,7 +129,7 @@ impl SourceHooks {
     /// The destination zeroes asynchronously: a write into the same range waits until it has.
     pub(super) fn wait_for_zeroing(&mut self, run: &Run, stop: &Stop) -> Result<(), HooksError> {
         if self.zeros.gathered.iter().any(|zeroing| zeroing.overlaps(run)) {
-            self.tell_gathered(stop)?;
+            self.send_gathered(stop)?;
         }
         let overlapping = self.zeros.told.iter().filter(|(_, zeroing)| zeroing.overlaps(run));
         let Some(number) = overlapping.map(|(number, _)| *number).max() else { return Ok(()) };

@@ -62,7 +62,7 @@ impl World {
                 wanted: "ESTABLISHED",
                 got: "REJECTED",
                 status: 0,
-                remedy: "nobody listens there, or the peer does not want this connection",
+                remedy: "no process listens there, or the peer does not accept this connection",
             })),
             (None, _) => None,
         }

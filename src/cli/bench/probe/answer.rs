@@ -3,8 +3,8 @@
 use std::net::{TcpListener, ToSocketAddrs};
 
 use super::super::BenchError;
+use super::messages::{MessageStream, ProbeTransport, Reply, Request, failed};
 use super::sockets;
-use super::words::{Carrier, Reply, Request, Words, failed};
 use crate::cli::output::result_line;
 
 /// Waits at `address` (HOST:PORT) for one asking end and answers it until it closes. Prints its address on standard
@@ -19,17 +19,17 @@ pub fn serve(address: &str, host: Option<&str>) -> Result<(), BenchError> {
     let listener = TcpListener::bind(address).map_err(failed("listening"))?;
     result_line!("listening {}", listener.local_addr().map_err(failed("listening"))?);
     let (socket, _) = listener.accept().map_err(failed("accepting"))?;
-    answer_all(&mut Words::new(socket).map_err(failed("accepting"))?, host)
+    answer_all(&mut MessageStream::new(socket).map_err(failed("accepting"))?, host)
 }
 
 /// Answers one request after the other.
 ///
 /// # Errors
 /// [`BenchError`] if the connection for messages broke. The error of a single measurement is sent to the other end.
-pub fn answer_all(words: &mut Words, host: Option<&str>) -> Result<(), BenchError> {
+pub fn answer_all(messages: &mut MessageStream, host: Option<&str>) -> Result<(), BenchError> {
     loop {
-        words.wait_for_more();
-        let request: Request = match words.receive()? {
+        messages.wait_for_more();
+        let request: Request = match messages.receive()? {
             Some(ToAnswer::Measure(request)) => request,
             Some(ToAnswer::Done) => continue,
             None => return Ok(()),
@@ -38,19 +38,19 @@ pub fn answer_all(words: &mut Words, host: Option<&str>) -> Result<(), BenchErro
             _ if !request.is_sound() => Err(BenchError::Refused {
                 who: "the other end".into(),
                 what: "a measurement".into(),
-                answer: format!("{request:?} is beyond what this program allots"),
+                answer: format!("{request:?} is beyond this program's limits"),
             }),
             #[cfg(feature = "rdma")]
-            Carrier::Rdma => super::verbs::answer(words, &request, host),
+            ProbeTransport::Rdma => super::verbs::answer(messages, &request, host),
             #[cfg(not(feature = "rdma"))]
-            Carrier::Rdma => {
+            ProbeTransport::Rdma => {
                 let _ = host;
                 Err(BenchError::NoRdma(Box::new(ramwire::transport::WhyNoRdma::NotBuilt)))
             }
-            Carrier::Tcp | Carrier::Unix => sockets::answer(words, &request),
+            ProbeTransport::Tcp | ProbeTransport::Unix => sockets::answer(messages, &request),
         };
         if let Err(error) = answered {
-            words.say(&Reply::No(crate::cli::remedies::in_words(&error)))?;
+            messages.say(&Reply::No(crate::cli::remedies::in_words(&error)))?;
         }
     }
 }

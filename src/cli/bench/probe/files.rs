@@ -7,8 +7,8 @@ use hdrhistogram::serialization::V2DeflateSerializer;
 use hdrhistogram::serialization::interval_log::IntervalLogWriterBuilder;
 
 use super::super::BenchError;
+use super::messages::failed;
 use super::record::Recorded;
-use super::words::failed;
 
 /// Lines between two halvings of the distance to 100 %, as in the format's own tools.
 const TICKS: u32 = 5;

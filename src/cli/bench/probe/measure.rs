@@ -130,7 +130,7 @@ pub fn requests(
         let ended = start.elapsed();
         if completed > 0 || out.is_empty() {
             answered = ended;
-        } else if ended - answered > super::words::ANSWER_TIMEOUT {
+        } else if ended - answered > super::messages::ANSWER_TIMEOUT {
             return Err(silent());
         }
         for (begun, late) in out.drain(..completed.min(out.len())) {
@@ -144,7 +144,7 @@ pub fn requests(
 
 /// Nothing arrived for too long.
 pub fn silent() -> BenchError {
-    super::words::failed("waiting for the other end")(std::io::ErrorKind::TimedOut.into())
+    super::messages::failed("waiting for the other end")(std::io::ErrorKind::TimedOut.into())
 }
 
 #[cfg(test)]

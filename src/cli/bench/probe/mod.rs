@@ -3,12 +3,12 @@
 mod answer;
 mod files;
 mod measure;
+mod messages;
 mod record;
 mod report;
 mod sockets;
 #[cfg(feature = "rdma")]
 mod verbs;
-mod words;
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpStream;
@@ -23,10 +23,10 @@ use crate::cli::common;
 use crate::cli::output::{result_line, result_text};
 use answer::ToAnswer;
 use measure::Pace;
+use messages::{Kind, MessageStream, Op, ProbeTransport, Reply, Request, failed};
 use record::Recorded;
 use report::{Case, Report};
 use sockets::Sockets;
-use words::{Carrier, Kind, Op, Reply, Request, Words, failed};
 
 /// Arguments of `ramwire bench latency` and `ramwire bench bandwidth`.
 #[derive(Clone, Debug, clap::Args)]
@@ -42,34 +42,34 @@ Without --listen or --connect the other end is a process on this host. With --ou
 PREFIX.NAME.hgrm (percentiles) and PREFIX.NAME.hlog (histograms by the second) in HdrHistogram's formats, with --rate
 PREFIX.NAME.corrected.hgrm too, and all together PREFIX.svg and PREFIX.json.")]
 pub struct ProbeArgs {
-    /// By what the messages travel
-    #[arg(long, value_enum, default_value_t = Carrier::Tcp)]
-    transport: Carrier,
+    /// Transport of the messages
+    #[arg(long, value_enum, default_value_t = ProbeTransport::Tcp)]
+    transport: ProbeTransport,
     /// What to measure, with commas between; over sockets always send [default over RDMA: all]
     #[arg(long, value_enum, value_delimiter = ',', value_name = "OPS")]
     op: Vec<Op>,
     /// Bytes of a message, with commas between
     #[arg(long, value_delimiter = ',', default_value = "4K,64K,1M", value_parser = message_size, value_name = "SIZES")]
     size: Vec<usize>,
-    /// Requests on the way at a time; there and back it is always 1 [default: 1; of bandwidth: 16]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=words::MAX_REQUESTS as i64), value_name = "N")]
+    /// Outstanding requests; always 1 for messages there and back [default: 1; of bandwidth: 16]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=messages::MAX_REQUESTS as i64), value_name = "N")]
     depth: Option<u16>,
     /// How long each measurement takes
     #[arg(long, default_value = "5s", value_parser = duration)]
     duration: Duration,
-    /// Messages a second that begin on time, however long the ones before take; without it as many as there can be
+    /// Start this many messages a second, on time even if earlier ones are slow; without it as many as possible
     #[arg(long, value_parser = rate, value_name = "PER_SECOND")]
     rate: Option<f64>,
-    /// Be the answering end: wait at HOST:PORT for one asking end
+    /// Be the answering end: listen at HOST:PORT for one measuring end
     #[arg(long, value_name = "HOST:PORT", conflicts_with = "connect")]
     listen: Option<String>,
-    /// The answering end waits at HOST:PORT
+    /// The answering end listens at HOST:PORT
     #[arg(long, value_name = "HOST:PORT")]
     connect: Option<String>,
-    /// At the answering end, over RDMA: IP address of the device; without it that of the first usable one
+    /// At the answering end, over RDMA: IP address of the device; otherwise the one of the first usable device
     #[arg(long, value_name = "ADDRESS")]
     host: Option<String>,
-    /// Write files whose names begin so
+    /// Prefix of the files to write
     #[arg(long, value_name = "PREFIX")]
     output: Option<PathBuf>,
     /// One JSON object on standard output instead of text
@@ -79,7 +79,7 @@ pub struct ProbeArgs {
 
 fn message_size(text: &str) -> Result<usize, String> {
     let bytes = common::bytes(text)?;
-    let fits = usize::try_from(bytes).ok().filter(|bytes| (1..=words::MAX_BYTES).contains(bytes));
+    let fits = usize::try_from(bytes).ok().filter(|bytes| (1..=messages::MAX_BYTES).contains(bytes));
     fits.ok_or_else(|| "write 1 byte to 64M".into())
 }
 
@@ -117,14 +117,14 @@ pub fn run(args: &ProbeArgs, kind: Kind, cancel: &CancelToken) -> Result<(), Ben
         }
     };
     let socket = TcpStream::connect(&address).map_err(failed("connecting to the other end"))?;
-    let mut words = Words::new(socket).map_err(failed("connecting to the other end"))?;
+    let mut messages = MessageStream::new(socket).map_err(failed("connecting to the other end"))?;
     let pace =
         Pace { duration: args.duration, every: args.rate.map(|rate| Duration::from_secs_f64(1.0 / rate)) };
     let mut cases = Vec::new();
     for op in ops(args, kind) {
         for size in &args.size {
             let request = request(args, kind, op, *size);
-            let recorded = measure(&mut words, &request, pace, cancel)?;
+            let recorded = measure(&mut messages, &request, pace, cancel)?;
             let case = Case::new(request, recorded);
             if !args.json {
                 result_text!("{}", case.text());
@@ -139,14 +139,14 @@ pub fn run(args: &ProbeArgs, kind: Kind, cancel: &CancelToken) -> Result<(), Ben
     args.output.as_ref().map_or(Ok(()), |prefix| write_files(prefix, &report))
 }
 
-pub use words::Kind as ProbeKind;
+pub use messages::Kind as ProbeKind;
 
 fn ops(args: &ProbeArgs, kind: Kind) -> Vec<Op> {
     match (args.transport, kind) {
-        (Carrier::Tcp | Carrier::Unix, _) => vec![Op::Send],
-        (Carrier::Rdma, _) if !args.op.is_empty() => args.op.clone(),
-        (Carrier::Rdma, Kind::Latency) => vec![Op::Write, Op::WriteComplete, Op::Read, Op::Send],
-        (Carrier::Rdma, Kind::Bandwidth) => vec![Op::WriteComplete, Op::Read, Op::Send],
+        (ProbeTransport::Tcp | ProbeTransport::Unix, _) => vec![Op::Send],
+        (ProbeTransport::Rdma, _) if !args.op.is_empty() => args.op.clone(),
+        (ProbeTransport::Rdma, Kind::Latency) => vec![Op::Write, Op::WriteComplete, Op::Read, Op::Send],
+        (ProbeTransport::Rdma, Kind::Bandwidth) => vec![Op::WriteComplete, Op::Read, Op::Send],
     }
 }
 
@@ -160,32 +160,32 @@ fn request(args: &ProbeArgs, kind: Kind, op: Op, size: usize) -> Request {
 }
 
 fn measure(
-    words: &mut Words,
+    messages: &mut MessageStream,
     request: &Request,
     pace: Pace,
     cancel: &CancelToken,
 ) -> Result<Recorded, BenchError> {
-    words.say(&ToAnswer::Measure(request.clone()))?;
-    let (host, port) = match words.receive()? {
+    messages.say(&ToAnswer::Measure(request.clone()))?;
+    let (host, port) = match messages.receive()? {
         Some(Reply::At(host, port)) => (host, port),
         other => return Err(refused(other)),
     };
     let recorded = match request.carrier {
         #[cfg(feature = "rdma")]
-        Carrier::Rdma => {
+        ProbeTransport::Rdma => {
             let mut line = verbs::Verbs::connect(request, &host, port)?;
-            ready(words)?;
+            ready(messages)?;
             run_loop(&mut line, request, pace, cancel)
         }
         #[cfg(not(feature = "rdma"))]
-        Carrier::Rdma => Err(BenchError::NoRdma(Box::new(ramwire::transport::WhyNoRdma::NotBuilt))),
-        Carrier::Tcp | Carrier::Unix => {
+        ProbeTransport::Rdma => Err(BenchError::NoRdma(Box::new(ramwire::transport::WhyNoRdma::NotBuilt))),
+        ProbeTransport::Tcp | ProbeTransport::Unix => {
             let mut line = Sockets::connect(request, &host, port)?;
-            ready(words)?;
+            ready(messages)?;
             run_loop(&mut line, request, pace, cancel)
         }
     };
-    words.say(&ToAnswer::Done)?;
+    messages.say(&ToAnswer::Done)?;
     recorded
 }
 
@@ -201,8 +201,8 @@ fn run_loop<L: measure::Echo + measure::Flow>(
     }
 }
 
-fn ready(words: &mut Words) -> Result<(), BenchError> {
-    match words.receive()? {
+fn ready(messages: &mut MessageStream) -> Result<(), BenchError> {
+    match messages.receive()? {
         Some(Reply::Ready) => Ok(()),
         other => Err(refused(other)),
     }
@@ -211,7 +211,7 @@ fn ready(words: &mut Words) -> Result<(), BenchError> {
 fn refused(reply: Option<Reply>) -> BenchError {
     let answer = match reply {
         Some(Reply::No(why)) => why,
-        Some(other) => format!("it said {other:?}"),
+        Some(other) => format!("it answered {other:?}"),
         None => "it closed the connection; see what it printed".into(),
     };
     BenchError::Refused { who: "the other end".into(), what: "to measure".into(), answer }
@@ -256,7 +256,7 @@ impl Other {
             BufReader::new(stdout).read_line(&mut line).map_err(failed("starting the other end"))?;
         }
         other.address = line.trim().strip_prefix("listening ").map(str::to_owned).ok_or_else(|| {
-            failed("starting the other end")(std::io::Error::other(format!("it said {line:?}")))
+            failed("starting the other end")(std::io::Error::other(format!("it answered {line:?}")))
         })?;
         Ok(other)
     }

@@ -6,8 +6,8 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use super::messages::{Kind, Request};
 use super::record::{Recorded, Summary, summary};
-use super::words::{Kind, Request};
 use crate::cli::common::human_bytes;
 use crate::cli::plot::{self, Axis, Line};
 
@@ -201,7 +201,7 @@ fn percentile(x: f64) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::cli::bench::probe::words::{Carrier, Op};
+    use crate::cli::bench::probe::messages::{Op, ProbeTransport};
 
     fn case(paced: bool) -> Case {
         let mut recorded = Recorded::new(paced);
@@ -209,8 +209,13 @@ mod tests {
             let took = Duration::from_nanos(40_000 + number * number);
             recorded.record(Duration::from_millis(number), took, Duration::from_micros(number % 9));
         }
-        let request =
-            Request { carrier: Carrier::Rdma, op: Op::Write, kind: Kind::Latency, size: 4096, depth: 1 };
+        let request = Request {
+            carrier: ProbeTransport::Rdma,
+            op: Op::Write,
+            kind: Kind::Latency,
+            size: 4096,
+            depth: 1,
+        };
         Case::new(request, recorded)
     }
 

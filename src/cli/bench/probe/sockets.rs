@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::super::BenchError;
 use super::measure::{Echo, Flow};
-use super::words::{ANSWER_TIMEOUT, Carrier, Reply, Request, Words, failed};
+use super::messages::{ANSWER_TIMEOUT, MessageStream, ProbeTransport, Reply, Request, failed};
 
 /// A stream socket of either kind.
 trait Stream: Read + Write + Send {}
@@ -28,7 +28,7 @@ impl Sockets {
     /// [`BenchError`].
     pub fn connect(request: &Request, host: &str, port: u16) -> Result<Self, BenchError> {
         let stream: io::Result<Box<dyn Stream>> = match request.carrier {
-            Carrier::Unix => UnixStream::connect(host).and_then(unix),
+            ProbeTransport::Unix => UnixStream::connect(host).and_then(unix),
             _ => TcpStream::connect((host, port)).and_then(tcp),
         };
         let stream = stream.map_err(failed("connecting"))?;
@@ -89,9 +89,9 @@ impl Drop for Place {
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn answer(words: &mut Words, request: &Request) -> Result<(), BenchError> {
+pub fn answer(messages: &mut MessageStream, request: &Request) -> Result<(), BenchError> {
     let mut stream = match request.carrier {
-        Carrier::Unix => {
+        ProbeTransport::Unix => {
             static NUMBER: AtomicU32 = AtomicU32::new(0);
             let name = format!(
                 "ramwire-bench-{}-{}.socket",
@@ -100,18 +100,18 @@ pub fn answer(words: &mut Words, request: &Request) -> Result<(), BenchError> {
             );
             let place = Place(std::env::temp_dir().join(name));
             let listener = UnixListener::bind(&place.0).map_err(failed("listening"))?;
-            words.say(&Reply::At(place.0.display().to_string(), 0))?;
+            messages.say(&Reply::At(place.0.display().to_string(), 0))?;
             listener.accept().and_then(|(socket, _)| unix(socket)).map_err(failed("accepting"))?
         }
         _ => {
-            let ip: IpAddr = words.local_ip()?;
+            let ip: IpAddr = messages.local_ip()?;
             let listener = TcpListener::bind((ip, 0)).map_err(failed("listening"))?;
             let port = listener.local_addr().map_err(failed("listening"))?.port();
-            words.say(&Reply::At(ip.to_string(), port))?;
+            messages.say(&Reply::At(ip.to_string(), port))?;
             listener.accept().and_then(|(socket, _)| tcp(socket)).map_err(failed("accepting"))?
         }
     };
-    words.say(&Reply::Ready)?;
+    messages.say(&Reply::Ready)?;
     let mut message = vec![0; request.size];
     loop {
         match stream.read_exact(&mut message) {

@@ -8,10 +8,10 @@ use rdma_hooks::{Cancel, FabricError, Stop};
 
 use super::super::BenchError;
 use super::measure::{Echo, Flow, silent};
-use super::words::{ANSWER_TIMEOUT, Op, Reply, Request, Words};
+use super::messages::{ANSWER_TIMEOUT, MessageStream, Op, Reply, Request};
 
 /// How often memory or a completion queue is checked between two checks of the clock or the other end.
-const LOOKS: u32 = 1 << 16;
+const POLLS: u32 = 1 << 16;
 /// Number of receives posted at a time.
 const RECEIVES: usize = 64;
 
@@ -34,7 +34,7 @@ struct End {
     size: usize,
     /// Requests without a completion yet.
     out: usize,
-    most_out: usize,
+    max_outstanding: usize,
     /// Messages received and not yet processed.
     received: usize,
     /// Changes with every WRITE, to distinguish a new one from the last.
@@ -43,8 +43,8 @@ struct End {
 
 impl End {
     fn new(lane: Lane, request: &Request) -> Self {
-        let most_out = params(request).depth;
-        Self { lane, size: request.size, out: 0, most_out, received: 0, mark: 0 }
+        let max_outstanding = params(request).depth;
+        Self { lane, size: request.size, out: 0, max_outstanding, received: 0, mark: 0 }
     }
 
     /// Processes completions; returns how many of them were our requests.
@@ -74,13 +74,13 @@ impl End {
     }
 
     /// Polls until `arrived` returns true; calls `ended` occasionally. `false` if it had ended.
-    fn look(
+    fn poll_until(
         &mut self,
         mut arrived: impl FnMut(&mut Self) -> Result<bool, BenchError>,
         mut ended: impl FnMut() -> Result<bool, BenchError>,
     ) -> Result<bool, BenchError> {
         loop {
-            for _ in 0..LOOKS {
+            for _ in 0..POLLS {
                 if arrived(self)? {
                     return Ok(true);
                 }
@@ -106,7 +106,7 @@ impl End {
     fn make_room(&mut self) -> Result<(), BenchError> {
         self.poll()?;
         let begun = Instant::now();
-        while self.out >= self.most_out {
+        while self.out >= self.max_outstanding {
             self.poll()?;
             if begun.elapsed() > ANSWER_TIMEOUT {
                 return Err(silent());
@@ -146,13 +146,13 @@ impl Echo for Verbs {
         let (end, begun) = (&mut self.end, Instant::now());
         if self.op == Op::Send {
             end.post(LaneOp::Send)?;
-            end.look(End::message_is_here, too_long(begun))?;
+            end.poll_until(End::message_is_here, too_long(begun))?;
             end.received -= 1;
             end.post_receive()?;
         } else {
             end.mark = end.mark % 255 + 1;
             end.write_marked()?;
-            end.look(End::mark_is_here, too_long(begun))?;
+            end.poll_until(End::mark_is_here, too_long(begun))?;
         }
         end.make_room()
     }
@@ -177,30 +177,30 @@ impl Flow for Verbs {
 ///
 /// # Errors
 /// [`BenchError`].
-pub fn answer(words: &mut Words, request: &Request, host: Option<&str>) -> Result<(), BenchError> {
+pub fn answer(messages: &mut MessageStream, request: &Request, host: Option<&str>) -> Result<(), BenchError> {
     let bytes = params(request).bytes as u64;
     let host = match host {
         Some(host) => host.to_owned(),
         None => rdma_address(bytes).map_err(|why| BenchError::NoRdma(Box::new(why)))?.to_string(),
     };
     let mut listener = LaneListener::bind(&host, 0).map_err(rdma)?;
-    words.say(&Reply::At(host, listener.port()))?;
+    messages.say(&Reply::At(host, listener.port()))?;
     let mut end = End::new(listener.accept(&params(request), &soon()).map_err(rdma)?, request);
     if request.op == Op::Send {
         (0..RECEIVES).try_for_each(|_| end.post_receive())?;
     }
-    words.say(&Reply::Ready)?;
+    messages.say(&Reply::Ready)?;
     match (request.op, request.is_echo()) {
         (Op::Write, true) => loop {
             end.mark = end.mark % 255 + 1;
-            if !end.look(End::mark_is_here, || Ok(words.has_more()))? {
+            if !end.poll_until(End::mark_is_here, || Ok(messages.has_more()))? {
                 return Ok(());
             }
             end.write_marked()?;
             end.make_room()?;
         },
         (Op::Send, echo) => loop {
-            if !end.look(End::message_is_here, || Ok(words.has_more()))? {
+            if !end.poll_until(End::message_is_here, || Ok(messages.has_more()))? {
                 return Ok(());
             }
             end.received -= 1;
@@ -212,7 +212,7 @@ pub fn answer(words: &mut Words, request: &Request, host: Option<&str>) -> Resul
         },
         // The device answers by itself.
         _ => {
-            words.wait_for_more();
+            messages.wait_for_more();
             Ok(())
         }
     }

@@ -151,7 +151,7 @@ fn an_answer_that_does_not_come_ends_the_wait() {
     };
     let mut silent = waiting();
     assert_eq!(silent.step(secs(11), E::Woken), Does(A::RollBack));
-    assert_eq!(silent.overdue(), Some(Overdue::Sign(secs(10))));
+    assert_eq!(silent.overdue(), Some(Overdue::Keepalive(secs(10))));
 
     let mut busy = waiting();
     for at in [5, 14, 23, 32, 41, 50, 59] {

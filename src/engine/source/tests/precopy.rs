@@ -28,7 +28,7 @@ fn what_is_under_way_is_waited_for() {
     let mut engine = started(engine());
     one_round(&mut engine, 0, 100_000, 4000);
     let at = Duration::from_secs(4);
-    engine.set_under_way(40 << 20);
+    engine.set_unacknowledged(40 << 20);
     for dirty_pages in [0, 100] {
         let wait = engine.step(at, E::Synced { dirty_pages });
         assert_eq!(wait, Waits(Waiting::Moment));
@@ -36,8 +36,8 @@ fn what_is_under_way_is_waited_for() {
         let woken = engine.step(at, E::Woken);
         assert_eq!(woken, Does(A::Sync { last: false }));
     }
-    assert!(!engine.progress().is_stalled() && engine.progress().rounds_without() == 0);
-    engine.set_under_way(1 << 20);
+    assert!(!engine.progress().is_stalled() && engine.progress().rounds_without_progress() == 0);
+    engine.set_unacknowledged(1 << 20);
     assert_eq!(engine.step(at, E::Synced { dirty_pages: 100 }), Does(A::PauseGuest));
 }
 
@@ -155,7 +155,7 @@ fn rounds_that_bring_nothing_are_counted() {
         one_round(&mut engine, second * 1000, 90_000, 1000);
     }
     assert!(engine.progress().is_stalled());
-    assert_eq!(engine.progress().rounds_without(), 8);
+    assert_eq!(engine.progress().rounds_without_progress(), 8);
 }
 
 /// A stored guest: one round, then no page is dirty. It arrives whatever the estimate is.

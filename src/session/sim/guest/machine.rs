@@ -93,10 +93,10 @@ impl GuestControl for SimControl {
         }
         self.may_resume(&mut turn.world);
         let side = self.side;
-        let stands_still = side == Side::Source && turn.world.plan.stands_still;
+        let not_resumed = side == Side::Source && turn.world.plan.not_resumed;
         let fails = side == Side::Target && turn.world.fails(|fault| *fault == Fault::Start);
         let may_run = turn.world.plan.panics && turn.world.plan.started != Started::Not;
-        if stands_still || fails && !may_run {
+        if not_resumed || fails && !may_run {
             return failed(&mut turn.world);
         }
         turn.world.guest.running[side as usize] = true;

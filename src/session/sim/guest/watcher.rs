@@ -7,7 +7,7 @@ use super::{PAGE, page_of};
 use crate::guest::{GuestMemory, PageObserver};
 use crate::ram::PageRun;
 use crate::session::sim::world::Sim;
-use crate::session::{Arrival, Error, Incoming};
+use crate::session::{Error, Incoming, IncomingObserver};
 
 /// Copies each page as soon as it is reported, as a relay may.
 pub(in crate::session::sim) struct Watcher {
@@ -40,7 +40,7 @@ impl PageObserver for Copies {
     }
 }
 
-impl Arrival for Watcher {
+impl IncomingObserver for Watcher {
     fn watch(&mut self, _memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver> {
         Arc::clone(&self.copies) as Arc<dyn PageObserver>
     }

@@ -173,7 +173,7 @@ impl World {
             Item::Package => {
                 let mut owed = PageSet::new(&relay.table);
                 pages_of(relay.post.discards).for_each(|page| _ = owed.add(run_of(page)));
-                relay.arrivals.switch();
+                relay.forwarded.switch();
                 relay.post.switched = true;
                 relay.hub.source_has_switched(Switched {
                     state: Vec::new(),
@@ -271,7 +271,7 @@ impl World {
             relay.hub.post(RelayEvent::FarSilent);
         }
         self.pass_requests(relay);
-        for run in relay.arrivals.take_queue() {
+        for run in relay.forwarded.take_queue() {
             for came in relay.post.owed.came(run) {
                 let pages = (came.run.first.0..came.run.end().0).map(|page| page as usize);
                 pages.for_each(|page| match came.asked {

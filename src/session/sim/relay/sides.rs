@@ -15,7 +15,7 @@ use super::{MAX_AHEAD, PAGES, World};
 use crate::engine::{FarEnd, Handover, RelayAction, RelayEvent, Traffic};
 use crate::guest::DirtySource;
 use crate::ram::{BlockName, PageBitmap, PageRun, RamBlock, RamBlockTable};
-use crate::session::relay::forward::Arrivals;
+use crate::session::relay::forward::ForwardedPages;
 use crate::session::relay::hub::{Hub, Parts};
 use crate::session::{Breakage, CancelReply, Clock, Guard, Held, Spawner};
 use crate::sys::CancelToken;
@@ -87,7 +87,7 @@ pub(super) struct Relay {
     held: Arc<AtomicBool>,
     pub(super) breakage: Breakage,
     pub(super) table: RamBlockTable,
-    pub(super) arrivals: Arrivals,
+    pub(super) forwarded: ForwardedPages,
     pub(super) memory: [u32; PAGES],
     pub(super) dirty: VecDeque<usize>,
     pub(super) post: RelayPost,
@@ -119,7 +119,7 @@ impl Relay {
             clock,
             held,
             breakage,
-            arrivals: Arrivals::new(&table),
+            forwarded: ForwardedPages::new(&table),
             table,
             memory: [0; PAGES],
             dirty: VecDeque::new(),
@@ -157,11 +157,11 @@ impl Relay {
     }
 
     fn mark(&self, page: usize) {
-        self.arrivals.mark(PageRun { block: BlockIndex(0), first: PageIndex(page as u64), pages: 1 });
+        self.forwarded.mark(PageRun { block: BlockIndex(0), first: PageIndex(page as u64), pages: 1 });
     }
 
     fn waiting(&self) -> u64 {
-        self.arrivals.pending() + self.dirty.len() as u64
+        self.forwarded.pending() + self.dirty.len() as u64
     }
 
     /// True if more may be read.
@@ -180,7 +180,7 @@ impl Relay {
     /// Received pages are to be sent on.
     pub(super) fn sync(&mut self) {
         let mut taken = PageBitmap::new(PAGES as u64);
-        self.arrivals.sync_into(BlockIndex(0), &mut taken).unwrap();
+        self.forwarded.sync_into(BlockIndex(0), &mut taken).unwrap();
         let fresh = (0..PAGES).filter(|page| taken.get(PageIndex(*page as u64)));
         let fresh: Vec<_> = fresh.filter(|page| !self.dirty.contains(page)).collect();
         self.dirty.extend(fresh);

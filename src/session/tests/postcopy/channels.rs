@@ -53,7 +53,7 @@ fn run(set: impl FnOnce(&mut PostcopySettings)) -> Running {
     (postcopy.max_bandwidth, postcopy.reconnect_timeout) = (Rate::limit(200 << 10), Duration::from_secs(100));
     set(&mut postcopy);
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-    (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
+    (settings.guest_is_paused, settings.postcopy) = (true, Some(postcopy));
     let machines = (Machine::running(b"devices"), Machine::default());
     let control = Box::new(machines.0.clone());
     let source = SourceGuest { memory: from.clone(), dirty: Vec::new(), control };

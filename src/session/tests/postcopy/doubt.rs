@@ -48,8 +48,8 @@ impl ByteSink for LosesMessage {
         self.sink.position()
     }
 
-    fn under_way(&self) -> u64 {
-        if self.lost { 1 } else { self.sink.under_way() }
+    fn unacknowledged(&self) -> u64 {
+        if self.lost { 1 } else { self.sink.unacknowledged() }
     }
 }
 
@@ -175,7 +175,7 @@ impl ByteSink for Unacknowledged {
         self.0.position()
     }
 
-    fn under_way(&self) -> u64 {
+    fn unacknowledged(&self) -> u64 {
         1
     }
 }

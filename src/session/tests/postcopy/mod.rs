@@ -130,7 +130,7 @@ impl SocketEnds {
         set(&mut postcopy);
         let mut settings =
             SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
-        (settings.guest_stands_still, settings.postcopy) = (true, Some(postcopy));
+        (settings.guest_is_paused, settings.postcopy) = (true, Some(postcopy));
         let channel = connect(&here, &StreamOptions::default(), &Stop::never()).unwrap();
         let connection = SourceConnection::over(channel, from.clone());
         let [near, far] = [Machine::running(b"devices"), Machine::default()];

@@ -225,13 +225,8 @@ impl IncomingStream {
         &self.tail
     }
 
-    /// Gives the tail away.
-    pub fn into_tail(self) -> Tail {
-        self.tail
-    }
-
     /// The largest `needed` that [`Step::NeedMore`] can hold, in bytes: a buffer of this size is always sufficient.
-    pub fn most_needed(&self) -> usize {
+    pub fn max_needed(&self) -> usize {
         const COMMAND: usize = 5 + u16::MAX as usize;
         COMMAND.max(ram::MAX_HEAD_LEN + ram::compress_bound(self.page) as usize)
     }

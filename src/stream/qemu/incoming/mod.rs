@@ -33,7 +33,7 @@
 //! - **Drain first, then read.** Call [`next`](IncomingStream::next) until it returns [`Step::NeedMore`]; an event may
 //!   be due without further input.
 //! - **Events borrow the input**, never the machine: the bytes of a page are a slice of the caller's buffer. `needed`
-//!   never exceeds [`most_needed`](IncomingStream::most_needed), some 70 KiB, so a buffer of 256 KiB is sufficient.
+//!   never exceeds [`max_needed`](IncomingStream::max_needed), some 70 KiB, so a buffer of 256 KiB is sufficient.
 //! - **The raw bytes of an event** are the `consumed` bytes it took. A relay keeps a configuration or a section it does
 //!   not understand by copying them.
 //! - **Positions in errors** count from the first byte of the stream.

@@ -15,8 +15,8 @@ use crate::stream::qemu::section::{
 use crate::stream::qemu::style::PeerStyle;
 use crate::sys::{Mapping, RecvPart, SendPart, Stop};
 use crate::transport::{
-    ByteSink, ByteSource, ChannelError, DestinationConnection, DestinationLink, MoveError, Offer, Returned,
-    SourceConnection, SourceLink,
+    ByteSink, ByteSource, ChannelError, DestinationConnection, DestinationLink, MoveError, Offer, ReadHints,
+    Returned, SourceConnection, SourceLink,
 };
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
@@ -86,7 +86,7 @@ impl Sender {
             &[BlockAnnouncement { name, used_length, host_page: None, guest_addr: None }],
             &mut head,
         );
-        self.link.write_for(Some(PeerStyle::RAMWIRE))?;
+        self.link.set_peer_style(Some(PeerStyle::RAMWIRE))?;
         self.send(&head, stop)?;
         self.link.open_round(RoundKind::Setup, stop)?;
         self.link.close_round(RoundKind::Setup, stop)?;
@@ -222,7 +222,7 @@ impl Reader {
             accept_hooks: connection.link.abilities().has_rounds,
             ..IncomingConfig::default()
         };
-        connection.link.stream().set_quiet(false);
+        connection.link.stream().set_hints(ReadHints::default());
         Self {
             link: connection.link,
             memory,

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use crate::guest::GuestMemory;
-use crate::stream::qemu::packed::Packing;
+use crate::stream::qemu::page_compression::PageCompression;
 use crate::sys::Stop;
 use crate::transport::{
     Address, AllowList, ChannelOptions, ConnectionOptions, DestinationConnection, Listener, OpenError,
@@ -60,7 +60,7 @@ pub(super) const KINDS: &[Kind] = &[
         both_at_once: true,
         keeps_rounds: true,
         peer: &["tcp:"],
-        make: |m| socket(m, "tcp:127.0.0.1:0", packed()),
+        make: |m| socket(m, "tcp:127.0.0.1:0", compressed()),
     },
     Kind {
         name: "unix",
@@ -143,9 +143,9 @@ fn options(channels: u8) -> ConnectionOptions {
     ConnectionOptions { channels, ..ConnectionOptions::default() }
 }
 
-fn packed() -> ConnectionOptions {
+fn compressed() -> ConnectionOptions {
     let mut options = options(2);
-    options.channels.packing = Packing::Zstd(1);
+    options.channels.compression = PageCompression::Zstd(1);
     options
 }
 

@@ -56,7 +56,7 @@ impl Ours {
         let source = SourceGuest { memory, dirty: Vec::new(), control: Box::new(standing_still()) };
         let configuration = Configuration { machine: "none".into(), ..Configuration::default() };
         let mut settings = SourceSettings::new(configuration);
-        settings.guest_stands_still = true;
+        settings.guest_is_paused = true;
         let report = SourceSession::new(source, connection, settings).run();
         let after = pids.map(Cost::of_process);
         if report.outcome != Outcome::Completed {

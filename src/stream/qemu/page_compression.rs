@@ -16,7 +16,7 @@ const STEP: usize = 64 << 10;
 
 /// How a sender compresses the pages of its channels.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Packing {
+pub enum PageCompression {
     /// Not at all.
     #[default]
     Plain,
@@ -26,7 +26,7 @@ pub enum Packing {
     Zstd(u8),
 }
 
-impl Packing {
+impl PageCompression {
     /// The compression method in the packets.
     pub fn method(self) -> Method {
         match self {
@@ -37,7 +37,7 @@ impl Packing {
     }
 }
 
-impl std::fmt::Display for Packing {
+impl std::fmt::Display for PageCompression {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Plain => f.write_str("none"),
@@ -50,14 +50,14 @@ impl std::fmt::Display for Packing {
 /// An unknown compression setting.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("compression {0:?} is unknown: use none, zlib[:0 to 9] or zstd[:0 to 20]")]
-pub struct UnknownPacking(String);
+pub struct UnknownCompression(String);
 
-impl std::str::FromStr for Packing {
-    type Err = UnknownPacking;
+impl std::str::FromStr for PageCompression {
+    type Err = UnknownCompression;
 
     /// `none`, `zlib` or `zstd`, optionally with `:LEVEL`; the default level is 1, as in QEMU.
-    fn from_str(text: &str) -> Result<Self, UnknownPacking> {
-        let unknown = || UnknownPacking(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, UnknownCompression> {
+        let unknown = || UnknownCompression(text.to_owned());
         let (name, level) = text.split_once(':').unwrap_or((text, "1"));
         let level: u8 = level.parse().map_err(|_| unknown())?;
         match (name, level) {
@@ -90,13 +90,13 @@ impl PacketDeflater {
     /// # Errors
     ///
     /// The library's error: no memory for its tables.
-    pub fn new(packing: Packing) -> std::io::Result<Self> {
-        Ok(Self(match packing {
-            Packing::Plain => Deflate::Plain,
-            Packing::Zlib(level) => {
+    pub fn new(compression: PageCompression) -> std::io::Result<Self> {
+        Ok(Self(match compression {
+            PageCompression::Plain => Deflate::Plain,
+            PageCompression::Zlib(level) => {
                 Deflate::Zlib(Box::new(Compress::new(Compression::new(level.into()), true)))
             }
-            Packing::Zstd(level) => {
+            PageCompression::Zstd(level) => {
                 let mut encoder = Encoder::new(level.into())?;
                 // The header of a frame without size and checksum is the same as that of a stream.
                 encoder.set_parameter(CParameter::ChecksumFlag(false))?;
@@ -240,48 +240,54 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn packings() -> [Packing; 5] {
-        [Packing::Zlib(0), Packing::Zlib(1), Packing::Zlib(9), Packing::Zstd(1), Packing::Zstd(20)]
+    fn compressions() -> [PageCompression; 5] {
+        [
+            PageCompression::Zlib(0),
+            PageCompression::Zlib(1),
+            PageCompression::Zlib(9),
+            PageCompression::Zstd(1),
+            PageCompression::Zstd(20),
+        ]
     }
 
     #[test]
     fn packings_have_names() {
-        for (text, packing) in [
-            ("none", Packing::Plain),
-            ("zlib", Packing::Zlib(1)),
-            ("zlib:9", Packing::Zlib(9)),
-            ("zstd:20", Packing::Zstd(20)),
+        for (text, compression) in [
+            ("none", PageCompression::Plain),
+            ("zlib", PageCompression::Zlib(1)),
+            ("zlib:9", PageCompression::Zlib(9)),
+            ("zstd:20", PageCompression::Zstd(20)),
         ] {
-            assert_eq!(text.parse(), Ok(packing));
-            assert_eq!(packing.to_string().parse(), Ok(packing));
+            assert_eq!(text.parse(), Ok(compression));
+            assert_eq!(compression.to_string().parse(), Ok(compression));
         }
         for wrong in ["", "lz4", "none:1", "zlib:10", "zstd:21", "zstd:", "zlib:-1"] {
-            assert!(wrong.parse::<Packing>().is_err(), "{wrong}");
+            assert!(wrong.parse::<PageCompression>().is_err(), "{wrong}");
         }
     }
 
     #[test]
     fn s47_one_stream_goes_through_all_packets_and_gives_exactly_their_pages() {
-        for packing in packings() {
-            let mut deflater = PacketDeflater::new(packing).unwrap();
+        for compression in compressions() {
+            let mut deflater = PacketDeflater::new(compression).unwrap();
             let mut packet = |bytes: &[u8]| {
                 let mut out = Vec::new();
                 deflater.deflate(bytes, &mut out).unwrap();
                 out
             };
             let (first, second) = (packet(&[1; 8192]), packet(&[2; 4096]));
-            let inflater = || PacketInflater::new(packing.method()).unwrap().unwrap();
+            let inflater = || PacketInflater::new(compression.method()).unwrap().unwrap();
             let mut out = vec![0; 8192];
             let mut whole = inflater();
-            assert_eq!(whole.inflate(&first, &mut out), Ok(()), "{packing:?}");
+            assert_eq!(whole.inflate(&first, &mut out), Ok(()), "{compression:?}");
             assert!(out.iter().all(|byte| *byte == 1));
-            assert_eq!(whole.inflate(&second, &mut out[..4096]), Ok(()), "{packing:?}");
+            assert_eq!(whole.inflate(&second, &mut out[..4096]), Ok(()), "{compression:?}");
             assert!(out[..4096].iter().all(|byte| *byte == 2));
             for (what, len) in [("too much", 8191), ("too little", 8193)] {
-                assert!(inflater().inflate(&first, &mut vec![0; len]).is_err(), "{packing:?}: {what}");
+                assert!(inflater().inflate(&first, &mut vec![0; len]).is_err(), "{compression:?}: {what}");
             }
-            assert!(inflater().inflate(&second, &mut out).is_err(), "{packing:?}: the header is missing");
-            assert!(inflater().inflate(&[], &mut out).is_err(), "{packing:?}: nothing");
+            assert!(inflater().inflate(&second, &mut out).is_err(), "{compression:?}: the header is missing");
+            assert!(inflater().inflate(&[], &mut out).is_err(), "{compression:?}: nothing");
         }
     }
 
@@ -290,9 +296,9 @@ mod tests {
     fn s47_each_packet_gives_all_its_pages_by_itself() {
         let mut noise = 1u64;
         let mut bytes = vec![0; 512 << 10];
-        for packing in packings() {
-            let mut deflater = PacketDeflater::new(packing).unwrap();
-            let mut inflater = PacketInflater::new(packing.method()).unwrap().unwrap();
+        for compression in compressions() {
+            let mut deflater = PacketDeflater::new(compression).unwrap();
+            let mut inflater = PacketInflater::new(compression.method()).unwrap().unwrap();
             for packet in 0..4 {
                 bytes.iter_mut().for_each(|byte| {
                     noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -300,8 +306,8 @@ mod tests {
                 });
                 let (mut packed, mut out) = (Vec::new(), vec![0; bytes.len()]);
                 deflater.deflate(&bytes, &mut packed).unwrap();
-                assert_eq!(inflater.inflate(&packed, &mut out), Ok(()), "{packing:?}, packet {packet}");
-                assert!(out == bytes, "{packing:?}, packet {packet}");
+                assert_eq!(inflater.inflate(&packed, &mut out), Ok(()), "{compression:?}, packet {packet}");
+                assert!(out == bytes, "{compression:?}, packet {packet}");
             }
         }
     }
@@ -309,16 +315,17 @@ mod tests {
     /// A payload that would expand to gigabytes needs no more memory than its packet's pages.
     #[test]
     fn s48_a_bomb_fills_no_more_than_its_pages() {
-        for packing in [Packing::Zlib(9), Packing::Zstd(20)] {
+        for compression in [PageCompression::Zlib(9), PageCompression::Zstd(20)] {
             let mut bomb = Vec::new();
-            PacketDeflater::new(packing).unwrap().deflate(&vec![0; 16 << 20], &mut bomb).unwrap();
-            assert!(bomb.len() < 1 << 20, "{packing:?}: {} bytes", bomb.len());
+            PacketDeflater::new(compression).unwrap().deflate(&vec![0; 16 << 20], &mut bomb).unwrap();
+            assert!(bomb.len() < 1 << 20, "{compression:?}: {} bytes", bomb.len());
             let mut out = vec![1; 512 << 10];
-            let refused = PacketInflater::new(packing.method()).unwrap().unwrap().inflate(&bomb, &mut out);
+            let refused =
+                PacketInflater::new(compression.method()).unwrap().unwrap().inflate(&bomb, &mut out);
             assert_eq!(
                 refused,
                 Err(Fault::Multifd("the payload of a packet does not give exactly its pages")),
-                "{packing:?}"
+                "{compression:?}"
             );
         }
     }
@@ -330,9 +337,9 @@ mod tests {
             packets in prop::collection::vec((any::<u8>(), 1usize..5, any::<bool>()), 1..5),
             level in 0u8..10,
         ) {
-            for packing in [Packing::Zlib(level), Packing::Zstd(level)] {
-                let mut deflater = PacketDeflater::new(packing).unwrap();
-                let mut inflater = PacketInflater::new(packing.method()).unwrap().unwrap();
+            for compression in [PageCompression::Zlib(level), PageCompression::Zstd(level)] {
+                let mut deflater = PacketDeflater::new(compression).unwrap();
+                let mut inflater = PacketInflater::new(compression.method()).unwrap().unwrap();
                 for (seed, pages, noisy) in &packets {
                     let mut noise = u64::from(*seed) + 1;
                     let mut byte = |at: usize| {

@@ -28,15 +28,15 @@ const TRUSTED: u32 = 64;
 /// Detects whether writes to memory fault: then populating a run of it at once, or writing it through its file, costs
 /// less. Memory that is already mapped has no faults, and the check only reads the kernel's fault counter.
 #[derive(Debug, Default)]
-pub(crate) struct FaultWatch {
+pub(crate) struct MinorFaultMonitor {
     faults: Option<u64>,
     trusted: u32,
 }
 
-impl FaultWatch {
+impl MinorFaultMonitor {
     /// True if the calling thread has had many faults since the last check. The first check returns false, and so does
     /// one where the kernel does not report the count: every page is then mapped by its fault.
-    pub(crate) fn look(&mut self) -> bool {
+    pub(crate) fn has_many_faults(&mut self) -> bool {
         if self.trusted > 0 {
             self.trusted -= 1;
             if self.trusted == 0 {
@@ -90,12 +90,12 @@ mod tests {
     fn memory_written_by_its_file_is_tried_through_the_mapping_now_and_then() {
         const LEN: u64 = 64 * 4096;
         let mapping = Mapping::memfd("faults", LEN).unwrap();
-        let mut watch = FaultWatch::default();
-        assert!(!watch.look());
+        let mut watch = MinorFaultMonitor::default();
+        assert!(!watch.has_many_faults());
         mapping.region().span(0, LEN).unwrap().fill_zero();
         let looks: Vec<bool> = (0..TRUSTED + 1)
             .map(|_| {
-                let unmapped = watch.look();
+                let unmapped = watch.has_many_faults();
                 if unmapped {
                     watch.by_file();
                 }
@@ -104,6 +104,6 @@ mod tests {
             .collect();
         assert_eq!(looks.iter().filter(|unmapped| **unmapped).count() as u32, TRUSTED);
         assert_eq!(looks.last(), Some(&false), "time to try");
-        assert!(!watch.look(), "and no fault was met");
+        assert!(!watch.has_many_faults(), "and no fault was met");
     }
 }

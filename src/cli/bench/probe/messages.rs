@@ -18,10 +18,10 @@ pub const MAX_BYTES: usize = 64 << 20;
 /// Maximum number of outstanding requests.
 pub const MAX_REQUESTS: usize = 1024;
 
-/// By what the bytes of a measurement travel.
+/// The transport of the measured messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub enum Carrier {
+pub enum ProbeTransport {
     /// TCP
     Tcp,
     /// A UNIX socket, on one host
@@ -40,7 +40,7 @@ pub enum Op {
     WriteComplete,
     /// RDMA READ until its completion
     Read,
-    /// Messages there and back; half the round trip. The only one of sockets
+    /// Messages there and back; half the round trip. The only one over sockets
     Send,
 }
 
@@ -58,7 +58,7 @@ pub enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     /// By what.
-    pub carrier: Carrier,
+    pub carrier: ProbeTransport,
     /// What.
     pub op: Op,
     /// Of which kind.
@@ -95,11 +95,11 @@ pub enum Reply {
 
 /// The connection for these messages.
 #[derive(Debug)]
-pub struct Words {
+pub struct MessageStream {
     lines: BufReader<TcpStream>,
 }
 
-impl Words {
+impl MessageStream {
     /// Takes over a connection.
     ///
     /// # Errors
@@ -180,10 +180,16 @@ mod tests {
     #[test]
     fn words_arrive_as_they_were_said_and_nonsense_is_an_error() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let mut here = Words::new(TcpStream::connect(listener.local_addr().unwrap()).unwrap()).unwrap();
-        let mut there = Words::new(listener.accept().unwrap().0).unwrap();
-        let request =
-            Request { carrier: Carrier::Rdma, op: Op::WriteComplete, kind: Kind::Latency, size: 1, depth: 2 };
+        let mut here =
+            MessageStream::new(TcpStream::connect(listener.local_addr().unwrap()).unwrap()).unwrap();
+        let mut there = MessageStream::new(listener.accept().unwrap().0).unwrap();
+        let request = Request {
+            carrier: ProbeTransport::Rdma,
+            op: Op::WriteComplete,
+            kind: Kind::Latency,
+            size: 1,
+            depth: 2,
+        };
         assert!(!there.has_more());
         here.say(&request).unwrap();
         here.say(&Reply::At("10.9.0.1".into(), 7)).unwrap();

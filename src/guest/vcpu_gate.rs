@@ -21,7 +21,7 @@ enum Mode {
 #[derive(Debug)]
 struct State {
     mode: Mode,
-    standing: u32,
+    paused: u32,
 }
 
 /// Lets the vCPU threads of a VM run, pause, slow down and end, as [`GuestControl`](super::GuestControl) requires, for
@@ -29,7 +29,7 @@ struct State {
 ///
 /// A vCPU's thread calls [`arrive`](Self::arrive) once. Then it runs its vCPU as long as [`is_open`](Self::is_open),
 /// with a call of [`rest`](Self::rest) after each few milliseconds of run time. Otherwise it calls
-/// [`stand_still`](Self::stand_still).
+/// [`wait_while_closed`](Self::wait_while_closed).
 #[derive(Debug)]
 pub struct VcpuGate {
     state: Mutex<State>,
@@ -46,7 +46,7 @@ impl VcpuGate {
     /// Closed. A vCPU without a thread counts as paused.
     pub fn new(vcpus: u32) -> Self {
         Self {
-            state: Mutex::new(State { mode: Mode::Pause, standing: vcpus }),
+            state: Mutex::new(State { mode: Mode::Pause, paused: vcpus }),
             changed: Condvar::new(),
             open: AtomicBool::new(false),
             throttle: AtomicU8::new(0),
@@ -70,8 +70,8 @@ impl VcpuGate {
         state
     }
 
-    fn all_stand(&self, state: &State) -> bool {
-        state.standing as usize >= self.rests.len()
+    fn all_paused(&self, state: &State) -> bool {
+        state.paused as usize >= self.rests.len()
     }
 
     /// Lets the vCPUs run.
@@ -87,10 +87,10 @@ impl VcpuGate {
     pub fn close(&self, within: Duration, mut kick: impl FnMut()) -> io::Result<()> {
         let began = Instant::now();
         let mut state = self.set(Mode::Pause);
-        while !self.all_stand(&state) {
+        while !self.all_paused(&state) {
             if began.elapsed() >= within {
-                let (standing, vcpus) = (state.standing, self.rests.len());
-                let what = format!("{standing} of {vcpus} vCPUs stood still within {within:?}");
+                let (paused, vcpus) = (state.paused, self.rests.len());
+                let what = format!("{paused} of {vcpus} vCPUs were paused within {within:?}");
                 return Err(io::Error::new(io::ErrorKind::TimedOut, what));
             }
             kick();
@@ -112,7 +112,7 @@ impl VcpuGate {
     /// True while the gate is closed and every vCPU is paused.
     pub fn is_closed(&self) -> bool {
         let state = self.lock();
-        state.mode == Mode::Pause && self.all_stand(&state)
+        state.mode == Mode::Pause && self.all_paused(&state)
     }
 
     /// To be called when a vCPU's thread begins: waits, counted as paused, until the gate opens. `false`: the thread
@@ -125,19 +125,19 @@ impl VcpuGate {
     /// To be called when a vCPU's thread finds the gate closed, with no unfinished exit of the guest: waits until the
     /// gate opens. `false`: the thread must end.
     #[must_use]
-    pub fn stand_still(&self) -> bool {
-        self.wait_open(self.stand())
+    pub fn wait_while_closed(&self) -> bool {
+        self.wait_open(self.count_as_paused())
     }
 
-    /// As [`stand_still`](Self::stand_still), for a vCPU that can't run any more: waits for the end.
-    pub fn stand_for_good(&self) {
-        let state = self.stand();
+    /// As [`wait_while_closed`](Self::wait_while_closed), for a vCPU that can't run any more: waits for the end.
+    pub fn wait_for_end(&self) {
+        let state = self.count_as_paused();
         drop(self.changed.wait_while(state, |state| state.mode != Mode::End));
     }
 
-    fn stand(&self) -> MutexGuard<'_, State> {
+    fn count_as_paused(&self) -> MutexGuard<'_, State> {
         let mut state = self.lock();
-        state.standing += 1;
+        state.paused += 1;
         self.changed.notify_all();
         state
     }
@@ -146,7 +146,7 @@ impl VcpuGate {
         let wait = self.changed.wait_while(state, |state| state.mode == Mode::Pause);
         let mut state = wait.unwrap_or_else(PoisonError::into_inner);
         let runs = state.mode == Mode::Run;
-        state.standing -= u32::from(runs);
+        state.paused -= u32::from(runs);
         runs
     }
 
@@ -235,7 +235,7 @@ mod tests {
                         count.fetch_add(1, Ordering::Relaxed);
                         gate.nap(Duration::from_micros(50));
                     }
-                    runs = gate.stand_still();
+                    runs = gate.wait_while_closed();
                 }
             })
         };
@@ -265,7 +265,7 @@ mod tests {
         assert!(error.to_string().contains("0 of 1 vCPUs") && kicks > 0, "{error}");
         assert!(!gate.is_closed() && !gate.is_open());
         std::thread::scope(|scope| {
-            scope.spawn(|| gate.stand_for_good());
+            scope.spawn(|| gate.wait_for_end());
             gate.close(LONG, || {}).unwrap();
             gate.end();
         });
@@ -281,7 +281,7 @@ mod tests {
         gate.set_throttle(Percent::new(50).unwrap());
         assert_eq!([gate.run_share(0), gate.run_share(1)], [Some(5000), Some(1250)]);
         gate.set_throttle(Percent::new(100).unwrap());
-        gate.set_rest(1, RestShare::MOST);
+        gate.set_rest(1, RestShare::MAX);
         assert_eq!(gate.run_share(1), Some(1), "it always goes on");
     }
 

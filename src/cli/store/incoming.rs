@@ -22,7 +22,7 @@ use crate::cli::remedies::in_words;
 /// The folder seen by the destination's session: the memory it arrives in, and the machine that "runs" once
 /// everything is on the disk. Clones are the same guest.
 #[derive(Clone)]
-pub struct ArrivingGuest(Arc<Mutex<Inner>>);
+pub struct IncomingGuest(Arc<Mutex<Inner>>);
 
 struct Inner {
     store: Store,
@@ -38,7 +38,7 @@ struct Inner {
     shared: Vec<BlockName>,
 }
 
-impl ArrivingGuest {
+impl IncomingGuest {
     /// Takes a folder that holds no guest, or one that never arrived.
     ///
     /// # Errors
@@ -134,7 +134,7 @@ impl ArrivingGuest {
     }
 }
 
-impl MemoryProvider for ArrivingGuest {
+impl MemoryProvider for IncomingGuest {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
         let made = self.lock().make(incoming);
         let memory = made.map_err(|error| Error::Config {
@@ -277,7 +277,7 @@ pub(super) fn style_seen(machine: &str, seen: &Seen) -> Option<String> {
     shown.map(|_| name.to_owned())
 }
 
-impl GuestControl for ArrivingGuest {
+impl GuestControl for IncomingGuest {
     fn pause(&mut self) -> io::Result<()> {
         Ok(())
     }
@@ -301,7 +301,7 @@ impl GuestControl for ArrivingGuest {
     }
 }
 
-impl DeviceState for ArrivingGuest {
+impl DeviceState for IncomingGuest {
     fn load(&mut self, from: &mut dyn Read) -> io::Result<()> {
         let mut tail = Vec::new();
         from.read_to_end(&mut tail)?;
@@ -327,7 +327,7 @@ mod tests {
         {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("guest");
-            let mut guest = ArrivingGuest::new(Store::open(&path).unwrap()).unwrap();
+            let mut guest = IncomingGuest::new(Store::open(&path).unwrap()).unwrap();
             let on_disk = || {
                 let text = std::fs::read_to_string(path.join("manifest.json")).unwrap();
                 serde_json::from_str::<Manifest>(&text).unwrap().state

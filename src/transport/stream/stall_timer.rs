@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::event::PollFlags;
 
 use super::exec::ChildCommand;
-use super::{End, Nature};
+use super::{End, StreamKind};
 use crate::sys::{Stop, StopReason, TcpState, queued_bytes, tcp_state};
 use crate::transport::ChannelError;
 
@@ -21,7 +21,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(500);
 const SHORT_OF_MARK: Duration = Duration::from_millis(50);
 
 /// One wait, starting with the last byte that moved.
-pub(crate) struct Patience<'a> {
+pub(crate) struct StallTimer<'a> {
     end: &'a End,
     doing: &'static str,
     stall: Option<Duration>,
@@ -33,7 +33,7 @@ pub(crate) struct Patience<'a> {
     silent_since: Option<Instant>,
 }
 
-impl<'a> Patience<'a> {
+impl<'a> StallTimer<'a> {
     /// Starts the clocks. `stall` of `None` waits as long as the peer is alive.
     pub(crate) fn new(end: &'a End, doing: &'static str, stall: Option<Duration>) -> Self {
         let moved_at = Instant::now();
@@ -59,7 +59,7 @@ impl<'a> Patience<'a> {
             if let Some(reason) = stop.reason() {
                 return Err(self.stopped(reason));
             }
-            self.look(sending)?;
+            self.check_clocks(sending)?;
             if sending {
                 return Ok(());
             }
@@ -70,7 +70,7 @@ impl<'a> Patience<'a> {
     /// Only if there were none, the next wait checks the clocks.
     pub(crate) fn wait_for_mark(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         if self.short_of_mark {
-            self.look(false)?;
+            self.check_clocks(false)?;
         }
         let slice = self.stall.map_or(SHORT_OF_MARK, |stall| (stall / 4).min(SHORT_OF_MARK));
         let ended = stop.within(slice).wait(self.end.fd.as_fd(), PollFlags::IN);
@@ -85,11 +85,11 @@ impl<'a> Patience<'a> {
     pub(crate) fn rest(&mut self, time: Duration, stop: &Stop) -> Result<(), ChannelError> {
         match stop.sleep(time) {
             Some(reason) => Err(self.stopped(reason)),
-            None => self.look(true),
+            None => self.check_clocks(true),
         }
     }
 
-    fn look(&mut self, sending: bool) -> Result<(), ChannelError> {
+    fn check_clocks(&mut self, sending: bool) -> Result<(), ChannelError> {
         let now = Instant::now();
         self.end.child.as_ref().map_or(Ok(()), ChildCommand::check)?;
         if sending {
@@ -101,7 +101,7 @@ impl<'a> Patience<'a> {
             self.queued = queued;
         }
         let peer = || self.end.peer.clone();
-        if self.end.nature == Nature::Tcp && self.is_silent(now) {
+        if self.end.stream_kind == StreamKind::Tcp && self.is_silent(now) {
             return Err(ChannelError::Silent {
                 peer: peer(),
                 doing: self.doing,

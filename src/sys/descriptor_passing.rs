@@ -53,7 +53,7 @@ pub(crate) fn recv_with_descriptors(
     }
     if message.flags.contains(ReturnFlags::CTRUNC) {
         let why = format!(
-            "more than {MAX_DESCRIPTORS} descriptors came at once, or more than this process may have open \
+            "more than {MAX_DESCRIPTORS} descriptors arrived at once, or more than this process may have open \
              (RLIMIT_NOFILE)"
         );
         return Err(io::Error::new(io::ErrorKind::InvalidData, why));
