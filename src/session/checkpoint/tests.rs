@@ -235,7 +235,7 @@ fn what_is_no_checkpoint_starts_no_guest() {
         (b"QEVM\0\0\0\x03 a stream of another kind..".to_vec(), "speaks no checkpoints"),
         (after(&[Open(2)]), ""),
         (after(&[Pages { block, first: 0, pages: 1 }]), "Pages"),
-        (after(&[Open(1), Zeros { block, first: 7, pages: 2 }]), "end behind the block"),
+        (after(&[Open(1), Zeros { block, first: 7, pages: 2 }]), "end beyond the block"),
         (after(&[Open(1), Zeros { block: BlockIndex(9), first: 0, pages: 1 }]), "no RAM block"),
         (after(&[Open(1), Zeros { block, first: u64::MAX, pages: u64::MAX }]), "block"),
         (after(&[Open(1), State(u64::MAX)]), "more device state"),
