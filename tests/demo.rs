@@ -48,6 +48,7 @@ fn is_of_type(value: &Value, name: &str) -> bool {
         "number" => value.is_f64() || value.is_u64(),
         "number or null" => value.is_f64() || value.is_u64() || value.is_null(),
         "array of string" => value.as_array().is_some_and(|items| items.iter().all(Value::is_string)),
+        "array of number" => value.as_array().is_some_and(|items| items.iter().all(Value::is_number)),
         "array of object" => value.as_array().is_some_and(|items| items.iter().all(Value::is_object)),
         other => panic!("docs/demo-json.md has an unknown type: {other}"),
     }
