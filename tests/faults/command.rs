@@ -189,7 +189,7 @@ fn a_folder_is_sent_only_when_it_may_be() {
     assert!(text.contains("holds a guest already") && text.contains("empty folder"), "{text}");
 
     for (state, says) in [
-        ("sent", "--again"),
+        ("sent", "--resend"),
         ("in-doubt", "--destination-is-dead"),
         ("in-doubt", "delete this folder"),
         ("sending", "--destination-is-dead"),
