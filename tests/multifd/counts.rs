@@ -266,7 +266,7 @@ fn qemu_with_surplus_channels(version: Version, sends: u8, receives: u8) {
         "more page channels than",
         "more than",
         "pages on channels of their own",
-        "page channels (multifd) that nobody reads",
+        "page channels (multifd) that are not read here",
         "exceeds the number of channels",
     ];
     // A channel that arrives while main is awaited is closed as a stranger's. The source then fails, or waits without
