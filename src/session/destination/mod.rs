@@ -1,6 +1,7 @@
 //! The destination's session: reads the stream, puts pages in place, and starts the guest once it is ours.
 
 mod advised;
+mod arrivals;
 mod counts;
 mod digests;
 mod driver;
@@ -48,13 +49,13 @@ use crate::session::digest::{Digest, carried};
 use crate::session::handle::Canceller;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Error, ErrorKind};
+use arrivals::Connections;
 use counts::SourceReports;
 use driver::Driver;
 use figures::Figures;
 use ingest::Ingest;
 use keepalive::Keepalive;
 pub use postcopy::MissingPages;
-use preempt::Connections;
 pub use provider::{DestinationGuest, Incoming, MemoryProvider, Zeroed};
 use reader::StreamReader;
 use receive::out_of_turn;

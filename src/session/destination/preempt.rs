@@ -18,13 +18,12 @@ use crate::error::Chain;
 use crate::guest::PageWriter;
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::ram::{Record, decode_record};
-use crate::stream::qemu::section::COMMAND;
 use crate::stream::{DecodeError, Fault};
 use crate::sys::{Lock as _, RecvPart, Stop};
-use crate::transport::{ByteSource, ChannelError, OpenError, StreamChannel};
+use crate::transport::{ByteSource, ChannelError, StreamChannel};
 
+use super::arrivals::{Connections, SharedNext, Use};
 use super::postcopy::Shared;
-use super::recovery::NextConnection;
 use crate::session::Error;
 use crate::session::callback::guarded;
 use crate::session::workers::Spawner;
@@ -33,121 +32,8 @@ use crate::session::workers::Spawner;
 const BUFFER: usize = 64 << 10;
 /// How long the source may take to close the connection after it knows that the guest runs.
 const PART_WITHIN: Duration = Duration::from_secs(2);
-/// Interval between two checks for another connection while one is silent, and the length of each check.
-const NEXT_CHECK_INTERVAL: Duration = Duration::from_millis(20);
-const NEXT_CHECK_TIME: Duration = Duration::from_millis(1);
-/// Maximum number of silent connections that are kept.
-const MAX_SILENT: usize = 8;
 /// Interval between two checks whether it has closed.
 const PART_CHECK_INTERVAL: Duration = Duration::from_millis(1);
-
-/// Source of the connections after the first: one thread has it at a time.
-#[derive(Clone, Default)]
-pub(super) struct SharedNext(Arc<Next>);
-
-#[derive(Default)]
-struct Next {
-    slot: Mutex<Option<Connections>>,
-    /// There is one, and a thread may take it.
-    there: AtomicBool,
-}
-
-impl SharedNext {
-    /// Returns it; `None`: there is none any more.
-    pub(super) fn put(&self, next: Option<Connections>) {
-        self.0.there.store(next.is_some(), Ordering::Release);
-        *self.0.slot.locked() = next;
-    }
-
-    pub(super) fn take(&self) -> Option<Connections> {
-        self.0.slot.locked().take()
-    }
-
-    pub(super) fn is_there(&self) -> bool {
-        self.0.there.load(Ordering::Acquire)
-    }
-}
-
-/// The use of a connection, determined by its first byte.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Use {
-    /// The stream continues here: a command.
-    Main,
-    /// Urgent pages.
-    Urgent,
-}
-
-/// Connections after the first. A source that has lost one may leave others open, and strangers connect, too: so a
-/// silent connection does not delay the next.
-pub(super) struct Connections {
-    next: Box<dyn NextConnection>,
-    silent: Vec<StreamChannel>,
-}
-
-impl Connections {
-    pub(super) fn new(next: Box<dyn NextConnection>) -> Self {
-        Self { next, silent: Vec::new() }
-    }
-
-    /// Waits for a connection on which bytes have arrived. `watch` is called at each change with whether there is a
-    /// silent one.
-    ///
-    /// # Errors
-    /// No other connection is possible, or the stop.
-    pub(super) fn first_with_data(
-        &mut self,
-        stop: &Stop,
-        watch: impl Fn(bool),
-    ) -> Result<(StreamChannel, Use), OpenError> {
-        loop {
-            if let Some(take_ready) = self.take_ready() {
-                return Ok(take_ready);
-            }
-            watch(!self.silent.is_empty());
-            if self.silent.is_empty() {
-                self.silent.push(self.next.next(stop)?);
-                continue;
-            }
-            let fds: Vec<_> = self.silent.iter().filter_map(ByteSource::descriptor).collect();
-            let waited = stop.within(NEXT_CHECK_INTERVAL).wait_any(&fds);
-            drop(fds);
-            if matches!(waited, Ok(Some(_))) {
-                let brief = stop.within(NEXT_CHECK_TIME);
-                match self.next.next(&brief) {
-                    Ok(channel) => self.silent.push(channel),
-                    Err(_) if brief.reason().is_some() && stop.reason().is_none() => {}
-                    Err(error) => return Err(error),
-                }
-                if self.silent.len() > MAX_SILENT {
-                    self.silent.remove(0);
-                }
-            }
-        }
-    }
-
-    /// The first connection on which bytes have arrived. Closed ones are dropped.
-    fn take_ready(&mut self) -> Option<(StreamChannel, Use)> {
-        let mut at = 0;
-        while let Some(channel) = self.silent.get(at) {
-            let mut byte = [0];
-            let found = match channel.peek(&mut byte) {
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    at += 1;
-                    continue;
-                }
-                Ok(1) if byte[0] == COMMAND => Some(Use::Main),
-                Ok(1) if byte[0] == 0 => Some(Use::Urgent),
-                _ => None,
-            };
-            let channel = self.silent.remove(at);
-            match found {
-                Some(found) => return Some((channel, found)),
-                None => tracing::debug!(peer = channel.peer(), "a connection that is of no use"),
-            }
-        }
-        None
-    }
-}
 
 /// State shared by the thread and the session.
 #[derive(Default)]

@@ -17,8 +17,8 @@ use crate::transport::{ChannelError, InlineDestination, OpenError, StreamChannel
 use crate::units::BlockOffset;
 
 use super::DestinationSession;
+use super::arrivals::Use;
 use super::postcopy::ACK_CHECK_INTERVAL;
-use super::preempt::Use;
 use super::reader::StreamReader;
 use super::receive::out_of_turn;
 use crate::error::{Chain, Remedy};

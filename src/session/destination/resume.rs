@@ -24,17 +24,17 @@ use crate::stream::native::{Answer, Hello, Order, Resume};
 use crate::stream::qemu::command::{Command, HEAD_LEN, decode_command};
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::{RecvPart, Stop, StopReason, random_id};
-use crate::transport::{ByteSink, ByteSource, ChannelError, InlineDestination, OpenError};
+use crate::transport::{ByteSink, ByteSource, ChannelError, InlineDestination, OpenError, StreamChannel};
 use crate::units::PageIndex;
 
 use super::DestinationSession;
-use super::preempt::{SharedNext, Use};
+use super::arrivals::{Begins, SharedNext, first_bytes};
 use super::reader::StreamReader;
 use super::receive::out_of_turn;
 
 /// Interval at which a destination whose source is silent looks whether it has connected again, and the length of a look.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-const LOOK_TIME: Duration = Duration::from_millis(1);
+const LOOK_TIME: Duration = Duration::from_millis(5);
 /// How long a connection may take to say all of RESUME after its first byte.
 const SPEAK_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a destination does whose source is silent.
@@ -47,7 +47,7 @@ pub(in crate::session) type BothWays = (Box<dyn ByteSource>, Box<dyn ByteSink>);
 
 /// Where further connections come from.
 pub(in crate::session) trait Further: Send {
-    /// Waits for one on which bytes have come.
+    /// Waits for one on which all of RESUME has come, or what may be it.
     ///
     /// # Errors
     /// None has come until the stop, or none can come.
@@ -63,9 +63,9 @@ impl Further for Accepts {
             let Some(mut connections) = self.0.take() else {
                 return Err(OpenError::OnlyOne { address: "the source's connection".into() });
             };
-            let spoken = connections.first_with_data(stop, |_| {});
+            let spoken = connections.first_that(stop, |_| {}, has_resume);
             self.0.put(Some(connections));
-            let (channel, Use::Main) = spoken? else { continue };
+            let (channel, ()) = spoken?;
             if let (source, Some(back)) = channel.with_return_path() {
                 return Ok((Box::new(source), Box::new(back)));
             }
@@ -149,6 +149,26 @@ impl Resumption {
             }
         }
     }
+}
+
+/// Whether all of RESUME has come on a connection: a stranger that says less is not waited for.
+fn has_resume(channel: &StreamChannel) -> Begins<()> {
+    let mut bytes = [0; RESUME_LEN];
+    match first_bytes(channel, &mut bytes) {
+        Begins::As(come) if !may_be_resume(come) => Begins::Otherwise,
+        Begins::As(come) if come.len() < RESUME_LEN => Begins::InPart,
+        Begins::As(_) => Begins::As(()),
+        Begins::NotYet => Begins::NotYet,
+        Begins::InPart | Begins::Otherwise => Begins::Otherwise,
+    }
+}
+
+/// True if these are the first bytes of a RESUME, as far as all have the same.
+fn may_be_resume(come: &[u8]) -> bool {
+    let any = Resume { migration_id: [0; 16], secret: [0; 16], attempt: 0, committed: false };
+    let mut resume = Vec::new();
+    Command::Native(Order::Resume(any)).encode(&mut resume);
+    come.iter().zip(&resume).take(HEAD_LEN).all(|(come, resume)| come == resume)
 }
 
 /// RESUME, with which a further connection begins.

@@ -6,8 +6,8 @@ use crate::stream::qemu::command::Discard;
 use crate::sys::Stop;
 
 use super::advised::{self, Advised};
+use super::arrivals::{Connections, SharedNext};
 use super::postcopy::Postcopy;
-use super::preempt::{Connections, SharedNext};
 use super::receive::out_of_turn;
 use super::relayed::Relayed;
 use crate::session::Error;
