@@ -164,6 +164,16 @@ fn to_usize(pages: u64) -> usize {
     usize::try_from(pages).unwrap_or(usize::MAX)
 }
 
+/// Which of `pages` pages are set, in the format of QEMU's received bitmap: bit i of byte i / 8 is page i.
+pub fn page_bits(pages: u64, is_set: impl Fn(PageIndex) -> bool) -> Vec<u8> {
+    let mut bits = vec![0; to_usize(pages.div_ceil(8))];
+    for (byte, first) in bits.iter_mut().zip((0..).step_by(8)) {
+        let here = (0..8).filter(|bit| first + bit < pages && is_set(PageIndex(first + bit)));
+        *byte = here.fold(0, |byte, bit| byte | 1 << bit);
+    }
+    bits
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -179,6 +189,13 @@ mod tests {
         assert_eq!(map.next_run(PageIndex(1), 100), Some(60..70));
         assert_eq!(map.next_run(PageIndex(70), 100), None);
         assert_eq!(map.next_run(PageIndex(u64::MAX), 1), None);
+    }
+
+    #[test]
+    fn bits_of_pages_are_those_of_a_received_bitmap() {
+        let bits = |pages, set: &[u64]| page_bits(pages, |page| set.contains(&page.0));
+        assert_eq!(bits(10, &[0, 7, 9, 10]), [0b1000_0001, 0b10], "what is behind the last page is no page");
+        assert_eq!((bits(8, &[1]), bits(0, &[0])), (vec![0b10], vec![]));
     }
 
     proptest! {

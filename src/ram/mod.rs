@@ -18,6 +18,7 @@ pub use abilities::{MoverAbilities, RoundKind};
 pub use atomic_bitmap::{AtomicBitmap, ReceivedMap};
 pub use batch::{PageBatch, Piece, Verdict};
 pub use bitmap::PageBitmap;
+pub(crate) use bitmap::page_bits;
 pub use block::{BlockError, BlockFlags, BlockName, RamBlock};
 pub use dirty_map::{ClearShift, DirtyMap};
 pub use fingerprints::Fingerprints;

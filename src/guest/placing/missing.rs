@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use super::Placer;
 use crate::guest::GuestError;
-use crate::ram::{Landing, PageRun};
+use crate::ram::{Landing, PageRun, page_bits};
 use crate::sys::{FaultAt, HostSpan, Lock as _, MissingFaults, MissingFaultsError, is_there, set_huge_pages};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
@@ -154,11 +154,7 @@ impl Placer {
     /// The received bitmap of a block in the source's format: bit i of byte i / 8 is page i.
     pub fn received_bits(&self, block: BlockIndex) -> Vec<u8> {
         let Some(map) = self.received.block(block) else { return Vec::new() };
-        let mut bits = vec![0; map.len().div_ceil(8) as usize];
-        for (byte, first) in bits.iter_mut().zip((0..).step_by(8)) {
-            *byte = (0..8).filter(|bit| map.get(PageIndex(first + bit))).fold(0, |byte, bit| byte | 1 << bit);
-        }
-        bits
+        page_bits(map.len(), |page| map.get(page))
     }
 
     /// True while missing pages are served.

@@ -18,14 +18,13 @@ use rustix::net::Shutdown;
 
 use crate::engine::{Agreement, DestinationEvent};
 use crate::error::{Chain, Remedy};
-use crate::ram::PageBitmap;
+use crate::ram::page_bits;
 use crate::session::{Breakage, Error};
 use crate::stream::native::{Answer, Hello, Order, Resume};
 use crate::stream::qemu::command::{Command, HEAD_LEN, decode_command};
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::{RecvPart, Stop, StopReason, random_id};
 use crate::transport::{ByteSink, ByteSource, ChannelError, InlineDestination, OpenError, StreamChannel};
-use crate::units::PageIndex;
 
 use super::DestinationSession;
 use super::arrivals::{Begins, SharedNext, first_bytes};
@@ -188,17 +187,6 @@ fn first_message(source: &mut dyn ByteSource) -> Result<Resume, Error> {
     }
 }
 
-/// A bitmap in the format of RECV_BITMAP: bit i of byte i / 8 is page i.
-fn bits_of(pages: &PageBitmap) -> Vec<u8> {
-    let mut bits = vec![0; pages.len().div_ceil(8) as usize];
-    let mut from = PageIndex(0);
-    while let Some(run) = pages.next_run(from, u64::MAX) {
-        from = PageIndex(run.end);
-        run.for_each(|page| bits[(page / 8) as usize] |= 1 << (page % 8));
-    }
-    bits
-}
-
 impl DestinationSession {
     /// The source of further connections, in tests.
     #[cfg(test)]
@@ -351,8 +339,8 @@ impl DestinationSession {
         let block = found.map_err(|error| out_of_turn(&format!("RECV_BITMAP, {error}"), "recovery"))?;
         let mut bytes = Vec::new();
         Message::ReceivedBitmap { block: name }.encode(&mut bytes);
-        let bits =
-            placing.since_fence().and_then(|pages| pages.block(block)).map(bits_of).unwrap_or_default();
+        let since = placing.since_fence().and_then(|pages| pages.block(block));
+        let bits = since.map(|pages| page_bits(pages.len(), |page| pages.get(page))).unwrap_or_default();
         encode_bitmap(&bits, &mut bytes);
         let stop = self.wire.stop.within(self.settings.stall_timeout);
         let Some(back) = &self.wire.back else { return Ok(()) };
