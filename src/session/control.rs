@@ -200,7 +200,8 @@ impl Control {
 
     /// Continues a migration that waits with its paused guest
     /// ([`pause_before_switchover`](SourceSettings::pause_before_switchover)); may be called before the guest is paused
-    /// (QEMU's `migrate-continue`).
+    /// (QEMU's `migrate-continue`). It counts for one pause: where the connection is lost after it and the guest runs on,
+    /// the next pause waits again.
     pub fn continue_switchover(&self) {
         self.gate.open();
     }
@@ -278,6 +279,11 @@ impl SwitchoverGate {
     fn open(&self) {
         *self.0.0.locked() = true;
         self.0.1.notify_all();
+    }
+
+    /// The next wait is for the next [`open`](Self::open).
+    pub(super) fn close(&self) {
+        *self.0.0.locked() = false;
     }
 
     /// Waits at most `time`; true once it is open.

@@ -89,6 +89,8 @@ impl SourceSession {
         let resumed = named("calling GuestControl::resume", || self.guest.control.resume());
         resumed.map_err(|source| Error::Control { what: "resume", source })?;
         self.departure.paused = false;
+        // What was done for this switchover is of no use for the next one.
+        self.driver.control.gate().close();
         self.figures.runs_on(self.driver.clock.now());
         Ok(SourceEvent::Done)
     }
