@@ -57,6 +57,7 @@ use filling::Missing;
 use handover::Departure;
 use metrics::Figures;
 use pages::Pages;
+use peer::LastWord;
 pub use recovery::{NewConnection, Reconnect, Redial};
 use throttle::Convergence;
 use wire::Wire;
@@ -243,8 +244,11 @@ impl SourceSession {
             self.check_layout().err().unwrap_or(error)
         };
         let broken = error.kind() == ErrorKind::Channel;
-        let error =
-            broken.then(|| self.peer_failure()).flatten().unwrap_or_else(|| self.blame_channels(error));
+        let error = match broken.then(|| self.last_word()).flatten() {
+            Some(LastWord::Running) => return SourceEvent::Running,
+            Some(LastWord::Failed(error)) => error,
+            None => self.blame_channels(error),
+        };
         let may_give_back =
             self.driver.engine.handover() == Handover::Shut || self.driver.engine.is_postcopy();
         let at_the_end = self.driver.engine.waits_for() == Some(Waiting::Running);

@@ -124,6 +124,10 @@ impl SourceSession {
 
     /// For an answer.
     fn wait_for_peer(&mut self) -> Result<SourceEvent, Error> {
+        if self.time_left() == Some(Duration::ZERO) {
+            // What has come by now has come in time.
+            self.poll_return_path()?;
+        }
         let stop = match self.time_left() {
             // A peer that sends without a pause never makes a wait end, so check the time here.
             Some(Duration::ZERO) => return Ok(SourceEvent::Woken),
@@ -272,21 +276,33 @@ impl SourceSession {
         Ok(Some(event))
     }
 
-    /// Why the peer failed, if it reported that before the connection broke. Its other messages no longer matter.
-    pub(super) fn peer_failure(&mut self) -> Option<Error> {
+    /// What the peer reported last, before the connection broke: that the guest runs, or why it failed. Its other messages no
+    /// longer matter.
+    pub(super) fn last_word(&mut self) -> Option<LastWord> {
         for _ in 0..MAX_MESSAGES {
             let message = self.wire.back.as_mut()?.poll().ok()??;
+            if message == PeerMessage::Running && self.driver.engine.expects(SourceEvent::Running) {
+                return Some(LastWord::Running);
+            }
             if let PeerMessage::Fenced(number) = message {
                 // What it had in place by then counts behind the loss, too.
                 let _ = self.fence_confirmed(number);
                 continue;
             }
             if let Err(error @ Error::PeerFailed { .. }) = refuse_verdict(message) {
-                return Some(error);
+                return Some(LastWord::Failed(error));
             }
         }
         None
     }
+}
+
+/// What a peer has reported on a connection that is broken.
+pub(super) enum LastWord {
+    /// The guest runs there.
+    Running,
+    /// It failed.
+    Failed(Error),
 }
 
 /// What did not come in time, as an error.
@@ -310,5 +326,114 @@ pub(super) fn refuse_verdict(word: PeerMessage) -> Result<(), Error> {
             Err(Error::PeerFailed { why: format!("it ended the migration with status {status}") })
         }
         word => Err(Error::OutOfTurn { what: format!("{word:?}"), at: None, while_doing: "sending RAM" }),
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::engine::{Sent, SourceAction};
+    use crate::session::source::{Clock, SourceConnection, SourceGuest};
+    use crate::session::tests::{Machine, guest, plain};
+    use crate::stream::native::Answer;
+    use crate::stream::qemu::file::Configuration;
+    use crate::stream::qemu::return_path::Message;
+    use crate::transport::{ChannelError, InlineLink};
+
+    /// No time of the engine's is left.
+    struct Late;
+
+    impl Clock for Late {
+        fn now(&self) -> Duration {
+            Duration::from_secs(1 << 20)
+        }
+    }
+
+    /// A source that sends RAM to a ramwire, and the far end of its connection.
+    pub(in crate::session::source) fn sending() -> (SourceSession, UnixStream) {
+        let (near, far) = UnixStream::pair().unwrap();
+        let memory = guest(&[1]);
+        let link = Box::new(InlineLink::new(plain(&near), memory.clone()));
+        let machine = Box::new(Machine::running(b"devices"));
+        let settings = SourceSettings::new(Configuration::default());
+        let source = SourceGuest { memory, dirty: Vec::new(), control: machine };
+        let mut session =
+            SourceSession::new(source, SourceConnection::new(link, Some(plain(&near))), settings);
+        session.driver.engine.set_resumable(true);
+        let set_up = SourceEvent::SetUp { handover: Handover::Native };
+        for event in [SourceEvent::Begin, SourceEvent::Done, SourceEvent::Done, set_up] {
+            answer(&mut session, event);
+        }
+        (session, far)
+    }
+
+    fn answer(session: &mut SourceSession, event: SourceEvent) -> Option<SourceAction> {
+        session.driver.engine.handle(Duration::ZERO, event);
+        session.driver.engine.poll()
+    }
+
+    /// One that has sent COMMIT.
+    fn committed() -> (SourceSession, UnixStream) {
+        let (mut session, far) = sending();
+        let synced = SourceEvent::Synced { dirty_pages: 0 };
+        let sent = SourceEvent::Sent { pages_left: 0, sent: Sent::default() };
+        let done = SourceEvent::Done;
+        let live = [synced, done, sent, done];
+        let paused = [synced, done, synced, done, sent, done, done, done];
+        for event in live.into_iter().chain(paused) {
+            answer(&mut session, event);
+        }
+        assert_eq!(answer(&mut session, SourceEvent::Ready), Some(SourceAction::Commit));
+        assert_eq!(answer(&mut session, done), None);
+        assert_eq!(session.driver.engine.waits_for(), Some(Waiting::Running));
+        (session, far)
+    }
+
+    fn say(far: &mut UnixStream, answers: Answer<'_>) {
+        let mut out = Vec::new();
+        Message::Native(answers).encode(&mut out);
+        far.write_all(&out).unwrap();
+    }
+
+    #[test]
+    fn a_running_that_has_come_counts_although_the_time_is_over() {
+        let (mut session, mut far) = committed();
+        session.count_time_by(Box::new(Late));
+        say(&mut far, Answer::Running);
+        let event = session.wait_for_event().unwrap();
+        session.driver.engine.handle(Late.now(), event);
+        assert_eq!(session.driver.engine.poll(), Some(SourceAction::Release));
+
+        let (mut session, _far) = committed();
+        session.count_time_by(Box::new(Late));
+        let event = session.wait_for_event().unwrap();
+        session.driver.engine.handle(Late.now(), event);
+        assert_eq!(session.driver.engine.poll(), Some(SourceAction::Reconnect), "nothing has come");
+    }
+
+    #[test]
+    fn a_running_that_has_come_counts_although_the_connection_is_lost() {
+        let (mut session, mut far) = committed();
+        say(&mut far, Answer::Working);
+        say(&mut far, Answer::Running);
+        let closed = || ChannelError::Closed { peer: "far".into(), doing: "sending" }.into();
+        assert_eq!(session.keep(closed()), SourceEvent::Running);
+        assert_eq!(session.keep(closed()), SourceEvent::Lost);
+    }
+
+    /// The guest runs on after a loss: what was allowed for its last pause is not allowed for the next.
+    #[test]
+    fn a_switchover_is_allowed_for_one_pause() {
+        let (mut session, _far) = sending();
+        session.control().continue_switchover();
+        assert!(session.driver.control.gate().wait(Duration::ZERO));
+        session.let_guest_run().unwrap();
+        assert!(!session.driver.control.gate().wait(Duration::ZERO));
+        session.control().continue_switchover();
+        assert!(session.driver.control.gate().wait(Duration::ZERO));
     }
 }
