@@ -1,6 +1,7 @@
 //! Fingerprints at the source: made as pages are sent, reported after each round, compared with memory at the end.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::{Handover, SourceEvent};
 use crate::error::{Chain, Remedy};
@@ -141,12 +142,22 @@ impl SourceSession {
         Command::Ping(COMPARED_PING).encode(&mut ping);
         self.wire.send(&ping)?;
         self.wire.link.sink().flush(&self.wire.stop)?;
-        let stop = self.wire.stop.within(self.settings.finish_timeout);
+        let after = self.settings.finish_timeout;
+        match self.hear_compared(&self.wire.stop.within(after)) {
+            // The destination's host has all that was sent, so the connection lives, and another one would be of no use.
+            Err(error) if error.is_deadline() && self.wire.link.unacknowledged() == 0 => {
+                Err(not_compared(after))
+            }
+            heard => heard,
+        }
+    }
+
+    fn hear_compared(&mut self, stop: &Stop) -> Result<(), Error> {
         while !self.pages.prints.compared {
             let Some(back) = &mut self.wire.back else { return Ok(()) };
-            let message = back.next(&stop)?;
+            let message = back.next(stop)?;
             self.take_message(message)?;
-            check_deadline(&stop)?;
+            check_deadline(stop)?;
         }
         Ok(())
     }
@@ -240,11 +251,37 @@ fn no_fingerprints(why: &str) -> Error {
     }
 }
 
+fn not_compared(after: Duration) -> Error {
+    let what = "that it has compared the fingerprints of a round";
+    Error::NoAnswer { what, after, remedy: Remedy::RaiseFinishTimeout }
+}
+
 fn no_digest(why: &str) -> Error {
     Error::Config {
         what: format!("a digest was asked for, and {why}: only two ramwires compare one"),
         remedy: Remedy::Advice(
             "migrate to a ramwire over a connection of both directions, or do not ask for the digest",
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::session::source::peer::tests::sending;
+
+    /// A destination that compares slowly is there: another connection to it would not make it faster.
+    #[test]
+    fn a_destination_that_does_not_compare_in_time_is_not_a_lost_one() {
+        let (mut session, _far) = sending();
+        session.settings_mut().verify = Verify::Fast;
+        session.settings_mut().finish_timeout = Duration::from_millis(20);
+        session.begin_fingerprints();
+        assert!(session.driver.engine.may_recover(), "a loss is no end");
+        session.await_compared(RoundKind::Final).unwrap();
+        let error = session.await_compared(RoundKind::Live).unwrap_err();
+        assert!(matches!(error, Error::NoAnswer { remedy: Remedy::RaiseFinishTimeout, .. }), "{error}");
+        assert_eq!(session.keep(error), SourceEvent::Failed);
     }
 }

@@ -255,7 +255,7 @@ impl SourceSession {
         let event = match &error {
             Error::PeerFailed { .. } if may_give_back => SourceEvent::Refused,
             _ if at_the_end && self.breakage.is(Breakage::EndUnheard) => SourceEvent::Failed,
-            error if error.kind() == ErrorKind::Channel || self.is_lost(error) => SourceEvent::Lost,
+            error if self.is_lost(error) => SourceEvent::Lost,
             _ => SourceEvent::Failed,
         };
         self.error.get_or_insert(error);
