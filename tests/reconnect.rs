@@ -21,6 +21,8 @@ enum Cut {
     After(u64),
     /// COMMIT is to be carried.
     BeforeCommit,
+    /// At once, and so are all connections after it.
+    Nowhere,
     Never,
 }
 
@@ -107,6 +109,10 @@ fn way_to(far: SocketAddr, cuts: Vec<Cut>) -> (SocketAddr, Arc<Mutex<usize>>) {
         for cut in cuts {
             let Ok((near, _)) = listener.accept() else { return };
             *counts.lock().unwrap() += 1;
+            if matches!(cut, Cut::Nowhere) {
+                drop(near);
+                while listener.accept().is_ok() {}
+            }
             let Ok(far) = TcpStream::connect(far) else { return };
             carry(near, far, cut);
         }
@@ -172,6 +178,12 @@ fn connections_that_break_again_and_again_lose_no_page() {
 #[test]
 fn a_destination_is_reached_by_another_address() {
     let lost = send(&[Cut::After(1_000_000)], &[Cut::Never], "off");
+    println!("{}", lost["lost-connections"]);
+}
+
+#[test]
+fn an_address_that_takes_connections_and_leads_nowhere_is_left_for_another() {
+    let lost = send(&[Cut::After(1_000_000), Cut::Nowhere], &[Cut::Never], "off");
     println!("{}", lost["lost-connections"]);
 }
 

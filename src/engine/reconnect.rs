@@ -98,6 +98,11 @@ impl Unconfirmed {
         true
     }
 
+    /// The number of the last fence that was sent; 0: none was.
+    pub(crate) fn last_fence(&self) -> u64 {
+        self.last_fence
+    }
+
     /// True once the destination has confirmed a fence: it may wait for another connection.
     pub(crate) fn is_any_confirmed(&self) -> bool {
         self.confirmed > 0

@@ -116,8 +116,8 @@ pub struct SourceSettings {
     pub stall_timeout: Duration,
     /// Without RUNNING for this long after COMMIT the outcome is in doubt; 60 s.
     pub finish_timeout: Duration,
-    /// How long a connection to a ramwire that is lost before the guest runs there may be followed by another, each time that
-    /// it is lost, as defined by [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect). Meanwhile the guest
+    /// How long a connection to a ramwire that is lost before the guest runs there may be followed by another, in all until a
+    /// round is confirmed behind the loss, as defined by [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect). Meanwhile the guest
     /// runs on here, unless it was handed over. The destination must wait for it
     /// ([`DestinationSettings::reconnect_timeout`]); otherwise, and with page channels, over RDMA, where memory is passed and
     /// where the migration may switch to postcopy, a loss is the end. It is the end as well before the destination has

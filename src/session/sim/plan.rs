@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 mod faults;
 
-use self::faults::{draw_fault, draw_loss, draw_second};
+use self::faults::{draw_fault, draw_second};
 use super::device::{Drawn, Page};
 use crate::session::Verify;
 use crate::transport::Random;
@@ -218,6 +218,10 @@ pub(super) struct Plan {
     pub(super) fault: Option<Fault>,
     /// How each connection is lost, where the source connects again; none: it does not.
     pub(super) losses: Vec<Loss>,
+    /// The last loss comes again on each further connection.
+    pub(super) lost_for_ever: bool,
+    /// Pages of the source's cache, against which it sends differences; 0: it sends none.
+    pub(super) delta_pages: u64,
     /// A second fault, on the wire, where the first may be of any kind: which direction, at which byte, what.
     pub(super) also: Option<(Side, u64, Wire)>,
     /// A page channel loses a page of its batch of this number, towards a ramwire.
@@ -281,6 +285,8 @@ impl Plan {
             ignored,
             passed,
             losses: Vec::new(),
+            lost_for_ever: false,
+            delta_pages: 0,
             used_every: draw_used(seed),
             panics: Rng::new(seed ^ 0xdead).one_in(2),
             started: Rng::new(seed ^ 0xbeef).pick(&[Started::Not, Started::Runs, Started::RunsOn]),
@@ -323,35 +329,6 @@ impl Plan {
             also: None,
             drops: None,
             not_resumed: false,
-            ..plan
-        }
-    }
-
-    /// A seed's guest that goes to a ramwire by a plain stream, whose connections are lost again and again.
-    pub(super) fn lossy(seed: u64) -> Self {
-        let mut rng = Rng::new(seed ^ 0x1055);
-        let plan = Self::of(seed);
-        let batch_pages = rng.pick(&[1, 7, 64]);
-        let fault = match rng.below(8) {
-            0 => Some(Fault::Cancel { side: Side::Source, anchor: Anchor::Start, at: rng.below(1500) }),
-            1 => Some(Fault::Kill { anchor: Anchor::Start, at: rng.below(1500) }),
-            _ => None,
-        };
-        let losses =
-            (0..1 + rng.below(5)).map(|at| draw_loss(&mut rng, plan.total_pages(), at > 0)).collect();
-        Self {
-            losses,
-            peer: rng.pick(&[PeerKind::Greeted, PeerKind::Ramwire]),
-            link: LinkKind::Inline { batch_pages },
-            watched: false,
-            fault,
-            also: None,
-            drops: None,
-            not_resumed: false,
-            hint_every: 0,
-            plugs: Vec::new(),
-            unplugged: BTreeSet::new(),
-            passed: BTreeSet::new(),
             ..plan
         }
     }

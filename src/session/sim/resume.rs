@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::channel::{SimSink, SimSource};
+use super::guest::Guest;
 use super::plan::{Plan, Side};
-use super::run::{Run, run_plan};
+use super::run::{Run, run, run_plan};
 use super::world::{Mark, Sim, World};
 use super::{number_from, spread};
 use crate::engine::{Ending, Outcome};
@@ -145,6 +146,29 @@ fn lost_connections_lose_no_page_and_no_guest() {
     if seeds >= SEEDS {
         assert!(coverage.values().all(|seeds| *seeds > 0), "never reached: {coverage:#?}");
     }
+}
+
+/// A connection that is agreed on and lost again, for ever, is no progress: the time to connect again ends the migration.
+#[test]
+fn connections_that_lead_to_nothing_end_the_migration() {
+    const SEEDS: u64 = 20;
+    let runs = spread(0..SEEDS, |seed| {
+        let plan = Plan::lost_for_ever(seed);
+        let guest = Guest::new(&plan);
+        run(plan, guest, Breakage::None).unwrap_or_else(|broken| panic!("seed {seed}: {broken:#?}"))
+    });
+    let mut again = 0;
+    for run in runs {
+        let (seed, world) = (run.world.plan.seed, &run.world);
+        let found = (run.sent.outcome, &run.sent.error, run.arrived.ending, &world.violations);
+        assert!(
+            matches!(run.sent.outcome, Outcome::StaysHere(_)) && run.arrived.ending == Ending::Discarded,
+            "seed {seed}: {found:?}"
+        );
+        assert!(!world.is_endless() && world.guest.running[0], "seed {seed}: {found:?}");
+        again += run.sent.statistics.lost.count;
+    }
+    assert!(again > 3 * SEEDS, "the source went on for a while: {again}");
 }
 
 #[test]

@@ -332,6 +332,8 @@ pub(super) fn run_plan(planned: &Plan, breakage: Breakage) -> Result<Run, Vec<St
         also: None,
         drops: None,
         losses: Vec::new(),
+        lost_for_ever: false,
+        delta_pages: 0,
         ..planned.clone()
     };
     let nothing = Plan { blocks: Vec::new(), unplugged: Default::default(), ..plan.clone() };

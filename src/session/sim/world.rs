@@ -177,7 +177,11 @@ impl World {
     /// The loss of the newest connection is due.
     fn arm(&mut self) {
         self.behind_pause = None;
-        match self.losses.pop_front() {
+        let next = self.losses.pop_front();
+        if self.plan.lost_for_ever && self.losses.is_empty() {
+            self.losses.extend(next);
+        }
+        match next {
             Some(Loss { from, anchor: Anchor::Start, at, wire }) => {
                 self.pipes[from as usize].fault.get_or_insert((at, wire));
             }

@@ -24,161 +24,75 @@ use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageRun, RamBlock};
 use crate::stream::qemu::command::Command;
 use crate::sys::{SendPart, Stop};
-use crate::transport::{
-    Address, ByteSink, ByteSource, ChannelError, InlineLink, OpenError, StreamChannel, StreamOptions, Tls,
-    connect,
-};
+use crate::transport::{Address, ByteSink, ChannelError, InlineLink, OpenError};
 use crate::units::{BlockIndex, PageIndex};
 
 use super::SourceSession;
+use super::outage::{FIRST_RETRY_INTERVAL, Loss};
 use super::peer::refuse_verdict;
+use super::redial::{NewConnection, Reconnect};
 use super::resume::Resumption;
 use super::return_path::{PeerMessage, ReturnPath, check_deadline};
 use crate::session::callback::named;
 use crate::session::connection::Attempt;
 use crate::session::{Breakage, Error, ErrorKind};
 
-/// Shortest and longest interval between two attempts to connect.
-const FIRST_RETRY_INTERVAL: Duration = Duration::from_millis(5);
-const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// How long an attempt may take where there is another address to try.
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
-/// Each of this many lost connections is followed by one attempt, even after the timeout.
-const LATE_ATTEMPTS: u32 = 8;
+/// Shortest time in which a new connection has to show that it leads to the destination.
+const SHORTEST_ANSWER_TIME: Duration = Duration::from_secs(3);
 /// Maximum number of bitmaps that are requested ahead of their answers. A peer that writes one reads no request
 /// meanwhile, so there are few enough that they fit into any connection.
 const MAX_ASKED: usize = 8;
-
-/// Both directions of another connection to the destination.
-pub struct NewConnection {
-    /// Where pages and bytes go.
-    pub(crate) sink: Box<dyn ByteSink>,
-    /// Source of the destination's messages.
-    pub(crate) back: Box<dyn ByteSource>,
-}
-
-impl NewConnection {
-    /// Over a connected socket; `None` for a channel of one direction.
-    pub fn over(channel: StreamChannel) -> Option<Self> {
-        let (sink, back) = channel.with_return_path();
-        back.map(|back| Self { sink: Box::new(sink), back: Box::new(back) })
-    }
-}
-
-/// Opens further connections to the destination of a running migration.
-pub trait Reconnect: Send {
-    /// Connects to `address`; `None`: to the known address of the destination.
-    ///
-    /// # Errors
-    /// [`OpenError`]. It is called again, for as long as the migration's settings allow.
-    fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError>;
-}
-
-/// Connects to one address or to others of the same destination, or to the one that last replaced them.
-#[derive(Clone, Debug)]
-pub struct Redial {
-    address: Address,
-    options: StreamOptions,
-    /// Where else the destination may be reached.
-    others: VecDeque<Address>,
-}
-
-impl Redial {
-    /// Connects to `address`, a `tcp:` or `unix:` one; for `auto:` to the TCP address. A later address uses TLS if this
-    /// one does.
-    pub fn new(address: Address, options: StreamOptions) -> Self {
-        let tcp = address.host_and_port().filter(|_| address.decides_late());
-        let address = tcp.map(|(host, port)| Address::tcp(host, port)).unwrap_or(address);
-        Self { address, options, others: VecDeque::new() }
-    }
-
-    /// Other addresses at which the same destination listens, in the order in which they are tried: each attempt that fails is
-    /// followed by one to the next address. They use TLS if the first address does.
-    pub fn with_fallbacks(mut self, fallbacks: impl IntoIterator<Item = Address>) -> Self {
-        let tls = self.address.tls().cloned();
-        self.others = fallbacks.into_iter().map(|address| with_tls(address, tls.as_ref())).collect();
-        self
-    }
-
-    /// Connects to the present address, or makes the next one the present.
-    fn connect_once(&mut self, stop: &Stop) -> Result<NewConnection, OpenError> {
-        let once = |address: &Address| OpenError::OnlyOne { address: address.to_string() };
-        // A descriptor, a command or a file exists only once.
-        if !matches!(self.address.scheme(), "tcp" | "unix") {
-            return Err(once(&self.address));
-        }
-        let stop = if self.others.is_empty() { stop.clone() } else { stop.within(ATTEMPT_TIMEOUT) };
-        let channel = connect(&self.address, &self.options, &stop)?;
-        NewConnection::over(channel).ok_or_else(|| once(&self.address))
-    }
-}
-
-/// An address of a destination whose others use `tls`.
-fn with_tls(address: Address, tls: Option<&Tls>) -> Address {
-    match (address.tls(), tls) {
-        (None, Some(tls)) => address.with_tls(tls.clone()),
-        _ => address,
-    }
-}
-
-impl Reconnect for Redial {
-    fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
-        if let Some(address) = address {
-            *self = Self::new(with_tls(address.clone(), self.address.tls()), self.options);
-        }
-        let connected = self.connect_once(stop);
-        if connected.is_err()
-            && let Some(next) = self.others.pop_front()
-        {
-            self.others.push_back(std::mem::replace(&mut self.address, next));
-        }
-        connected
-    }
-}
 
 /// State of the connections after the first.
 #[derive(Default)]
 pub(super) struct Recovery {
     reconnect: Option<Box<dyn Reconnect>>,
-    /// Set from the loss of a connection until the ends have agreed to continue.
+    /// Set from the loss of a connection until a round was confirmed since, or RESUME_ACK after the switch.
     pub(super) loss: Option<Loss>,
+    /// The ends have not agreed yet to continue on the connection that was made last.
+    pub(super) unproven: bool,
     pub(super) resumption: Resumption,
     /// Why it was lost, before the guest ran at the destination.
     lost_by: Option<Error>,
 }
 
-/// A connection was lost, and possibly others after it, before the ends agreed to continue.
-pub(super) struct Loss {
-    since: Instant,
-    /// Pause before the next attempt. It grows with each attempt, even if one succeeds and the connection is lost again
-    /// immediately: a listener that accepts and closes does not keep the source busy.
-    pause: Duration,
-    /// Number of attempts that may still be made after the timeout.
-    late: u32,
-}
-
-impl Loss {
-    fn new() -> Self {
-        Self { since: Instant::now(), pause: Duration::ZERO, late: LATE_ATTEMPTS }
-    }
-
-    /// How long to wait before the next attempt. The first attempt is immediate.
-    fn next_pause(&mut self) -> Duration {
-        let longer = (self.pause * 2).clamp(FIRST_RETRY_INTERVAL, MAX_RETRY_INTERVAL);
-        std::mem::replace(&mut self.pause, longer)
-    }
-
-    /// True if one more attempt may be made although the time is over.
-    fn takes_late_attempt(&mut self) -> bool {
-        let may = self.late > 0;
-        self.late = self.late.saturating_sub(1);
-        may
-    }
-}
-
 impl Recovery {
+    /// The ends have agreed to continue, before the guest runs at the destination. This fence was sent first.
+    pub(super) fn replaced(&mut self, first_fence: Option<u64>) {
+        self.unproven = false;
+        if let Some(loss) = &mut self.loss {
+            loss.replaced(Instant::now(), first_fence);
+        }
+    }
+
+    /// The destination has confirmed a fence.
+    pub(super) fn confirmed(&mut self, fence: u64) {
+        let now = Instant::now();
+        if self.loss.as_mut().is_some_and(|loss| loss.confirmed(now, fence)) {
+            self.loss = None;
+        }
+    }
+
+    /// How long the destination may take to answer on a new connection, of `after` for all attempts: there is time for
+    /// another one, which may go to another address.
+    pub(super) fn answer_time(&self, after: Duration, stall_timeout: Duration) -> Duration {
+        let spent = self.loss.as_ref().map_or(Duration::ZERO, |loss| loss.time(Instant::now()));
+        match after.saturating_sub(spent) {
+            // The last attempt.
+            Duration::ZERO => stall_timeout,
+            left => (left / 2).max(SHORTEST_ANSWER_TIME).min(stall_timeout),
+        }
+    }
+
     pub(super) fn can_connect(&self) -> bool {
         self.reconnect.is_some()
+    }
+
+    /// If the connection that was made last led nowhere, the next may go elsewhere.
+    fn leave_useless(&mut self) {
+        if let Some(reconnect) = self.reconnect.as_mut().filter(|_| std::mem::take(&mut self.unproven)) {
+            named("calling Reconnect::led_nowhere", || reconnect.led_nowhere());
+        }
     }
 
     /// Opens one more connection to the destination.
@@ -269,10 +183,11 @@ impl SourceSession {
         };
         let mut needs_recover_command = self.needs_recover_command();
         let (driver, recovery) = (&self.driver, &mut self.missing.recovery);
-        recovery.loss.get_or_insert_with(Loss::new);
+        recovery.loss.get_or_insert_with(|| Loss::new(Instant::now())).again(Instant::now());
+        recovery.leave_useless();
         let mut tried = false;
         while let Some(loss) = &mut recovery.loss {
-            let left = after.saturating_sub(loss.since.elapsed());
+            let left = after.saturating_sub(loss.time(Instant::now()));
             let late = left == Duration::ZERO;
             // Each loss gets one attempt, however late.
             if late && (tried || !loss.takes_late_attempt()) {
@@ -300,7 +215,10 @@ impl SourceSession {
             }
             tried = true;
             match recovery.connect(attempt.address.as_ref(), &stop) {
-                Ok(connection) => return Ok(connection),
+                Ok(connection) => {
+                    recovery.unproven = true;
+                    return Ok(connection);
+                }
                 Err(error) => {
                     tracing::debug!(error = %Chain(&error), "no new connection to the destination yet")
                 }
@@ -460,6 +378,7 @@ impl SourceSession {
             check_deadline(&stop)?;
         }
         self.missing.recovery.loss = None;
+        self.missing.recovery.unproven = false;
         self.error = None;
         let status = if self.driver.engine.is_taken() { Status::PostcopyActive } else { Status::Device };
         self.figures.shared().update(|s| s.status = status);

@@ -79,6 +79,7 @@ impl SourceSession {
         if !unconfirmed.confirmed(number) {
             return Err(not_sent("FENCED", number));
         }
+        self.missing.recovery.confirmed(number);
         // It has all that it needs to go on over another connection.
         self.driver.engine.set_resumable(unconfirmed.is_any_confirmed());
         Ok(())
@@ -112,8 +113,10 @@ impl SourceSession {
 
     /// What the destination has for certain; all else that was sent is dirty.
     pub(super) fn compare_held(&mut self) -> Result<SourceEvent, Error> {
-        let stop = self.wire.stop.within(self.settings.stall_timeout);
-        let fence = self.last_fence(&stop)?;
+        let (after, stall_timeout) = (self.settings.reconnect_timeout, self.settings.stall_timeout);
+        let answers_by = self.missing.recovery.answer_time(after, stall_timeout);
+        let fence = self.last_fence(&self.wire.stop.within(answers_by))?;
+        let stop = self.wire.stop.within(stall_timeout);
         let mut pages_again = 0;
         let is_here = self.driver.engine.lost() != Some(Lost::BehindCommit);
         if is_here {
@@ -122,13 +125,15 @@ impl SourceSession {
             if !known {
                 return Err(not_sent("HOLDS", fence));
             }
+            self.missing.recovery.confirmed(fence);
             pages_again = self.mark_unconfirmed(&stop)?;
         }
         // What came before this is no answer to what is sent from here on.
         if is_here && !self.breakage.is(Breakage::SkipResumeFence) {
             self.send_fence()?;
         }
-        self.missing.recovery.loss = None;
+        let first_fence = self.pages.unconfirmed.as_ref().filter(|_| is_here).map(Unconfirmed::last_fence);
+        self.missing.recovery.replaced(first_fence);
         self.error = None;
         self.figures.replaced(self.driver.clock.now(), pages_again);
         tracing::info!(fence, pages_again, "the migration goes on over another connection");

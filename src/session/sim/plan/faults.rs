@@ -1,6 +1,8 @@
 //! What goes wrong in a plan, and when.
 
-use super::{Anchor, Fault, LinkKind, Loss, Rng, Side, Wire};
+use std::collections::BTreeSet;
+
+use super::{Anchor, Fault, LinkKind, Loss, PeerKind, Plan, Rng, Side, Wire};
 
 pub(super) fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
     let from = rng.pick(&[Side::Source, Side::Target]);
@@ -53,8 +55,50 @@ pub(super) fn draw_fault(rng: &mut Rng, total_pages: u64, link: LinkKind) -> Opt
     })
 }
 
+impl Plan {
+    /// A seed's guest that goes to a ramwire by a plain stream, whose connections are lost again and again.
+    pub(in crate::session::sim) fn lossy(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x1055);
+        let plan = Self::of(seed);
+        let batch_pages = rng.pick(&[1, 7, 64]);
+        let fault = match rng.below(8) {
+            0 => Some(Fault::Cancel { side: Side::Source, anchor: Anchor::Start, at: rng.below(1500) }),
+            1 => Some(Fault::Kill { anchor: Anchor::Start, at: rng.below(1500) }),
+            _ => None,
+        };
+        let losses =
+            (0..1 + rng.below(5)).map(|at| draw_loss(&mut rng, plan.total_pages(), at > 0)).collect();
+        Self {
+            losses,
+            delta_pages: Rng::new(seed ^ 0xde17a).pick(&[0, 16, 128]),
+            peer: rng.pick(&[PeerKind::Greeted, PeerKind::Ramwire]),
+            link: LinkKind::Inline { batch_pages },
+            watched: false,
+            fault,
+            also: None,
+            drops: None,
+            not_resumed: false,
+            hint_every: 0,
+            plugs: Vec::new(),
+            unplugged: BTreeSet::new(),
+            passed: BTreeSet::new(),
+            ..plan
+        }
+    }
+
+    /// A seed's guest whose connections are all lost when the ends have agreed to go on over them.
+    pub(in crate::session::sim) fn lost_for_ever(seed: u64) -> Self {
+        let lossy = Self::lossy(seed);
+        let (from, anchor, wire) = (Side::Source, Anchor::Start, Wire::Cut { both: true, grace: 0 });
+        let first = Loss { from, anchor, at: lossy.total_pages() * 2000, wire };
+        // Within the first page.
+        let later = Loss { from, anchor, at: 600, wire };
+        Self { losses: vec![first, later], lost_for_ever: true, fault: None, zero_every: 1000, ..lossy }
+    }
+}
+
 /// How a connection is lost; `later`: not the first one, which begins with RESUME.
-pub(super) fn draw_loss(rng: &mut Rng, total_pages: u64, later: bool) -> Loss {
+fn draw_loss(rng: &mut Rng, total_pages: u64, later: bool) -> Loss {
     let anchor = if rng.one_in(2) { Anchor::Pause } else { Anchor::Start };
     let from = rng.pick(&[Side::Source, Side::Source, Side::Target]);
     let at = match (from, anchor) {

@@ -1,0 +1,135 @@
+//! Other connections to a destination, and where they lead.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::sys::Stop;
+use crate::transport::{
+    Address, ByteSink, ByteSource, OpenError, StreamChannel, StreamOptions, Tls, connect,
+};
+
+/// How long an attempt may take where there is another address to try.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Both directions of another connection to the destination.
+pub struct NewConnection {
+    /// Where pages and bytes go.
+    pub(crate) sink: Box<dyn ByteSink>,
+    /// Source of the destination's messages.
+    pub(crate) back: Box<dyn ByteSource>,
+}
+
+impl NewConnection {
+    /// Over a connected socket; `None` for a channel of one direction.
+    pub fn over(channel: StreamChannel) -> Option<Self> {
+        let (sink, back) = channel.with_return_path();
+        back.map(|back| Self { sink: Box::new(sink), back: Box::new(back) })
+    }
+}
+
+/// Opens further connections to the destination of a running migration.
+pub trait Reconnect: Send {
+    /// Connects to `address`; `None`: to the known address of the destination.
+    ///
+    /// # Errors
+    /// [`OpenError`]. It is called again, for as long as the migration's settings allow.
+    fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError>;
+
+    /// The connection that was made last led nowhere: it was lost, or nothing came on it, before the destination had agreed to
+    /// go on. Called before the next attempt, which may go elsewhere; by default nothing happens.
+    fn led_nowhere(&mut self) {}
+}
+
+/// Connects to one address or to others of the same destination, or to the one that last replaced them.
+#[derive(Clone, Debug)]
+pub struct Redial {
+    address: Address,
+    options: StreamOptions,
+    /// Where else the destination may be reached.
+    others: VecDeque<Address>,
+}
+
+impl Redial {
+    /// Connects to `address`, a `tcp:` or `unix:` one; for `auto:` to the TCP address. A later address uses TLS if this
+    /// one does.
+    pub fn new(address: Address, options: StreamOptions) -> Self {
+        let tcp = address.host_and_port().filter(|_| address.decides_late());
+        let address = tcp.map(|(host, port)| Address::tcp(host, port)).unwrap_or(address);
+        Self { address, options, others: VecDeque::new() }
+    }
+
+    /// Other addresses at which the same destination listens, in the order in which they are tried: each attempt that fails is
+    /// followed by one to the next address, and so is a connection on which the destination does not answer. They use TLS if
+    /// the first address does.
+    pub fn with_fallbacks(mut self, fallbacks: impl IntoIterator<Item = Address>) -> Self {
+        let tls = self.address.tls().cloned();
+        self.others = fallbacks.into_iter().map(|address| with_tls(address, tls.as_ref())).collect();
+        self
+    }
+
+    /// Connects to the present address, or makes the next one the present.
+    fn connect_once(&mut self, stop: &Stop) -> Result<NewConnection, OpenError> {
+        let once = |address: &Address| OpenError::OnlyOne { address: address.to_string() };
+        // A descriptor, a command or a file exists only once.
+        if !matches!(self.address.scheme(), "tcp" | "unix") {
+            return Err(once(&self.address));
+        }
+        let stop = if self.others.is_empty() { stop.clone() } else { stop.within(ATTEMPT_TIMEOUT) };
+        let channel = connect(&self.address, &self.options, &stop)?;
+        NewConnection::over(channel).ok_or_else(|| once(&self.address))
+    }
+}
+
+/// An address of a destination whose others use `tls`.
+fn with_tls(address: Address, tls: Option<&Tls>) -> Address {
+    match (address.tls(), tls) {
+        (None, Some(tls)) => address.with_tls(tls.clone()),
+        _ => address,
+    }
+}
+
+impl Reconnect for Redial {
+    fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
+        if let Some(address) = address {
+            *self = Self::new(with_tls(address.clone(), self.address.tls()), self.options);
+        }
+        let connected = self.connect_once(stop);
+        if connected.is_err() {
+            self.led_nowhere();
+        }
+        connected
+    }
+
+    fn led_nowhere(&mut self) {
+        if let Some(next) = self.others.pop_front() {
+            self.others.push_back(std::mem::replace(&mut self.address, next));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// An address that takes connections and serves none is left for the next one, and comes again behind the last.
+    #[test]
+    fn an_address_that_leads_nowhere_is_followed_by_the_next() {
+        let listeners = [0, 1, 2].map(|_| TcpListener::bind("127.0.0.1:0").unwrap());
+        let addresses = listeners
+            .each_ref()
+            .map(|listener| Address::tcp("127.0.0.1", listener.local_addr().unwrap().port()));
+        let [first, others @ ..] = addresses.clone();
+        let mut redial = Redial::new(first, StreamOptions::default()).with_fallbacks(others);
+        let mut connects = |leads_nowhere: bool| {
+            if leads_nowhere {
+                redial.led_nowhere();
+            }
+            let _connection = redial.connect(None, &Stop::never()).unwrap();
+            addresses.iter().position(|address| *address == redial.address).unwrap()
+        };
+        assert_eq!([false, false, true, true, false, true].map(&mut connects), [0, 0, 1, 2, 2, 0]);
+    }
+}
