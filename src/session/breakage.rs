@@ -91,6 +91,16 @@ pub(super) enum Breakage {
     TrustUnconfirmed,
     /// After a lost connection before COMMIT the source takes a page for received that it has sent in two rounds.
     TrustLastRound,
+    /// After a lost connection the destination takes one of the source's that is older than one it has taken.
+    AdmitOlder,
+    /// The destination ends before the source's host has received the report that the guest runs.
+    EndUnacknowledged,
+    /// The source takes pages for received when their round ends, and not when the destination has confirmed it.
+    TrustFence,
+    /// The guest stays throttled while there is no connection.
+    ThrottleWithoutConnection,
+    /// A source that keeps its guest says nothing to a destination that waits for another connection.
+    GiveUpSilently,
     /// After a lost connection before COMMIT no fence stands in front of the first page.
     SkipResumeFence,
     /// The destination places a page of the old connection after it has gone on over another.
@@ -166,7 +176,12 @@ impl Breakage {
 
     /// What the simulation of lost connections switches off.
     #[cfg(test)]
-    pub(super) const OF_LOSSES: [Self; 7] = [
+    pub(super) const OF_LOSSES: [Self; 12] = [
+        Self::AdmitOlder,
+        Self::EndUnacknowledged,
+        Self::TrustFence,
+        Self::ThrottleWithoutConnection,
+        Self::GiveUpSilently,
         Self::TrustUnconfirmed,
         Self::TrustLastRound,
         Self::SkipResumeFence,

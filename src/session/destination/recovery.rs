@@ -22,7 +22,7 @@ use super::postcopy::ACK_CHECK_INTERVAL;
 use super::reader::StreamReader;
 use super::receive::out_of_turn;
 use crate::error::{Chain, Remedy};
-use crate::session::Error;
+use crate::session::{Breakage, Error};
 
 /// Gives the connections that follow the first: the embedder's listener, or an address that it connects to.
 pub trait NextConnection: Send {
@@ -56,7 +56,9 @@ impl DestinationSession {
             Some(postcopy) => Some(postcopy.shared.back.clone()),
             None => self.wire.back.clone().filter(|_| self.may_resume()),
         };
-        let Some(back) = back else { return Ok(()) };
+        let Some(back) = back.filter(|_| !self.breakage.is(Breakage::EndUnacknowledged)) else {
+            return Ok(());
+        };
         let doing = "telling the source that all has come";
         let connection = self.wire.link.stream().descriptor();
         let stop = Stop::never().within(self.settings.stall_timeout);

@@ -286,6 +286,11 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         // Of lost connections: `resume`.
         Breakage::TrustUnconfirmed
         | Breakage::TrustLastRound
+        | Breakage::GiveUpSilently
+        | Breakage::AdmitOlder
+        | Breakage::EndUnacknowledged
+        | Breakage::TrustFence
+        | Breakage::ThrottleWithoutConnection
         | Breakage::SkipResumeFence
         | Breakage::PlaceFromOld
         | Breakage::KeepOldState
