@@ -65,6 +65,8 @@ pub struct Throttler {
     dirtied: u64,
     sent_before: u64,
     exceeded: u32,
+    /// The next sync begins the first period.
+    begins_anew: bool,
     share: u8,
     vcpus: Option<Vcpus>,
 }
@@ -99,6 +101,7 @@ impl Throttler {
             dirtied: 0,
             sent_before: 0,
             exceeded: 0,
+            begins_anew: false,
             share: 0,
             vcpus: None,
         }
@@ -134,6 +137,9 @@ impl Throttler {
     /// Returns the share of all vCPUs' time to take from now on, if it changes.
     pub fn synced(&mut self, now: Duration, dirtied: u64, sent: u64) -> Option<Percent> {
         self.dirtied += dirtied;
+        if std::mem::take(&mut self.begins_anew) {
+            (self.began, self.sent_before, self.dirtied) = (now, sent, 0);
+        }
         let means = self.means?;
         if now.saturating_sub(self.began) < PERIOD {
             return None;
@@ -193,6 +199,22 @@ impl Throttler {
             }
         }
         changed
+    }
+
+    /// The guest ran without throttling for a while, since nothing could be sent, and is throttled as before from now on.
+    /// What it wrote meanwhile counts for nothing.
+    pub fn resumed(&mut self) {
+        self.begins_anew = true;
+        if let Some(vcpus) = &mut self.vcpus {
+            // Their next reading is one to begin with.
+            vcpus.pages.clear();
+        }
+    }
+
+    /// The rest of each vCPU that may have one set.
+    pub fn rests(&self) -> impl Iterator<Item = (usize, RestShare)> + '_ {
+        let rests = self.vcpus.as_ref().map_or(&[][..], |vcpus| &vcpus.rests);
+        rests.iter().map(|rest| RestShare::new(*rest)).enumerate()
     }
 
     /// The share of all vCPUs' time that is taken, in percent.
@@ -326,6 +348,43 @@ mod tests {
         assert_eq!(throttle.change(second(10), 1000, None), Change::LetGo { vcpus: 2 });
         assert!(throttle.means().is_none() && !throttle.wants_vcpus(second(99)));
         assert_eq!(throttle.change(second(11), 1100, quota(9)), Change::Goes(None), "nothing holds it");
+    }
+
+    /// What a guest writes while there is no connection says nothing about how fast it may write when there is one.
+    #[test]
+    fn behind_a_pause_the_guest_is_slowed_down_as_before_and_what_it_wrote_does_not_count() {
+        let second = Duration::from_secs;
+        let mut throttle = Throttler::new(Some(ThrottlePolicy::auto_converge()), percent(50));
+        for at in 1..=4 {
+            throttle.synced(second(at), 90, at * 100);
+        }
+        assert_eq!(throttle.share(), percent(30));
+        throttle.synced(second(5), 90, 500);
+        throttle.resumed();
+        assert_eq!(throttle.share(), percent(30), "it stays known");
+        assert_eq!(
+            throttle.synced(second(60), 1 << 30, 500),
+            None,
+            "the first sync finds what was written meanwhile"
+        );
+        assert_eq!(
+            [throttle.synced(second(61), 10, 600), throttle.synced(second(62), 10, 700)],
+            [None, None]
+        );
+
+        let mut throttle = Throttler::new(Some(ThrottlePolicy::dirty_limit()), percent(50));
+        for at in 1..=2 {
+            throttle.synced(second(at), 90, at * 100);
+        }
+        throttle.vcpus(second(2), &[0, 0], 4096);
+        throttle.vcpus(second(3), &[1 << 20, 0], 4096);
+        let rests: Vec<_> = throttle.rests().collect();
+        assert!(rests.len() == 2 && rests[0].1 > RestShare::default(), "{rests:?}");
+        throttle.resumed();
+        assert!(
+            throttle.wants_vcpus(second(60)) && throttle.vcpus(second(60), &[1 << 40, 0], 4096).is_empty()
+        );
+        assert_eq!(throttle.rests().collect::<Vec<_>>(), rests, "they rest as before");
     }
 
     #[test]

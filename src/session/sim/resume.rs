@@ -45,6 +45,9 @@ impl Reconnect for Again {
         if turn.world.killed || turn.world.is_done(Side::Target) || turn.world.is_endless() {
             return Err(nobody());
         }
+        if turn.world.throttle != 0 && turn.world.commit.is_none() {
+            turn.world.violation("the guest is throttled while there is no connection");
+        }
         let generation = turn.world.connect_again();
         drop(turn.may_pass());
         let sim = || self.0.clone();

@@ -245,6 +245,9 @@ impl SourceSession {
         self.wire.replace(Box::new(gone), None);
         self.missing.forget_connection(&self.guest.memory, self.breakage);
         self.pages.search = PageSearch::default();
+        if lost == Lost::BeforeCommit {
+            self.lift_throttling();
+        }
         if lost == Lost::Postcopy {
             self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
         }

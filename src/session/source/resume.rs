@@ -131,6 +131,9 @@ impl SourceSession {
             self.missing.recovery.confirmed(fence);
             pages_again = self.mark_unconfirmed(&stop)?;
         }
+        if is_here {
+            self.take_up_throttling();
+        }
         // What came before this is no answer to what is sent from here on.
         if is_here && !self.breakage.is(Breakage::SkipResumeFence) {
             self.send_fence()?;

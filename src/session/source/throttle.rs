@@ -9,8 +9,8 @@ use crate::observe::{EventKind, NotConverging};
 use crate::units::{Percent, RestShare};
 
 use super::{ROUND_TIMEOUT, SourceSession};
-use crate::session::Error;
 use crate::session::callback::{named, quietly};
+use crate::session::{Breakage, Error};
 
 /// A relay's rounds never end by themselves; when the guest's RAM was sent this many times, its source does not
 /// converge.
@@ -135,13 +135,37 @@ impl SourceSession {
         self.figures.throttled(&self.convergence.throttle);
     }
 
+    /// Without a connection nothing is sent, however slowly the guest writes: it runs freely meanwhile.
+    pub(super) fn lift_throttling(&mut self) {
+        if self.breakage.is(Breakage::ThrottleWithoutConnection) {
+            return;
+        }
+        self.unthrottle();
+        self.figures.shared().update(|s| (s.throttle_percent, s.vcpu_rest_percentage) = (0, 0));
+    }
+
+    /// There is a connection again: the guest is throttled as it was.
+    pub(super) fn take_up_throttling(&mut self) {
+        self.convergence.throttle.resumed();
+        let (share, rests) = (self.convergence.throttle.share(), self.convergence.throttle.rests());
+        named("calling GuestControl::throttle", || {
+            self.guest.control.throttle(share);
+            rests.for_each(|(vcpu, rest)| self.guest.control.throttle_vcpu(vcpu, rest));
+        });
+        self.figures.throttled(&self.convergence.throttle);
+    }
+
     /// Order 4: whatever the result, no throttling remains.
     pub(super) fn end_throttling(&mut self) {
+        self.unthrottle();
+        self.convergence.throttle = Throttler::new(None, self.settings.throttle_trigger_threshold);
+    }
+
+    fn unthrottle(&mut self) {
         let control = &mut self.guest.control;
         quietly("ending the throttling", || control.throttle(Percent::default()));
         for vcpu in 0..self.convergence.throttle.vcpu_count() {
             quietly("ending the throttling", || control.throttle_vcpu(vcpu, RestShare::default()));
         }
-        self.convergence.throttle = Throttler::new(None, self.settings.throttle_trigger_threshold);
     }
 }
