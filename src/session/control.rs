@@ -242,6 +242,11 @@ impl Control {
         &self.connection
     }
 
+    /// The size of the cache of sent pages, for the link of another connection.
+    pub(super) fn delta_cache_size(&self) -> Option<DeltaCacheSize> {
+        self.delta_cache.clone()
+    }
+
     pub(super) fn gate(&self) -> &SwitchoverGate {
         &self.gate
     }

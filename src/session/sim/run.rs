@@ -19,7 +19,7 @@ use crate::session::{
     SourceSession, SourceSettings, Verify,
 };
 use crate::stream::qemu::file::Configuration;
-use crate::transport::{InlineLink, SourceLink};
+use crate::transport::{DeltaCacheSize, InlineLink, SourceLink};
 use crate::units::{BlockIndex, PageIndex};
 
 /// Maximum number of rounds of a migration whose guest becomes idle.
@@ -44,6 +44,10 @@ pub(super) struct Run {
     pub(super) arrived: DestinationReport,
 }
 
+fn with_deltas(link: InlineLink, pages: u64) -> InlineLink {
+    if pages == 0 { link } else { link.with_deltas(DeltaCacheSize::new(pages * PAGE as u64)) }
+}
+
 fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
     let plan = Arc::clone(&sim.world().plan);
     let memory = SimMemory::new(sim, Side::Source);
@@ -56,7 +60,7 @@ fn source(sim: &Sim, breakage: Breakage) -> SourceSession {
             let sink = Box::new(SimSink { sim: sim.clone(), side: Side::Source, generation: 0 });
             Box::new(SmallBatches {
                 sim: sim.clone(),
-                link: InlineLink::new(sink, memory),
+                link: with_deltas(InlineLink::new(sink, memory), plan.delta_pages),
                 pages: batch_pages,
             })
         }

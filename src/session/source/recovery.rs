@@ -160,10 +160,14 @@ impl SourceSession {
             let _ = self.guest.control.resume();
         }
         let NewConnection { sink, back } = self.next_connection(lost)?;
-        let link = Box::new(InlineLink::new(sink, Arc::clone(&self.guest.memory)));
+        let mut link = InlineLink::new(sink, Arc::clone(&self.guest.memory));
+        if let Some(size) = self.driver.control.delta_cache_size().filter(|_| lost == Lost::BeforeCommit) {
+            // Empty: what was sent before may not have arrived.
+            link = link.with_deltas(size);
+        }
         let mut back = ReturnPath::new(back);
         back.acknowledge_at_once();
-        self.wire.replace(link, Some(back));
+        self.wire.replace(Box::new(link), Some(back));
         self.wire.stop = match lost {
             Lost::Postcopy => self.driver.control.connection().connected(),
             Lost::BeforeCommit => Stop::on(&self.cancel_token()),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::moves::count;
 use super::{Batch, Item, STALL_STEPS};
-use crate::observe::PageCounts;
+use crate::observe::{DeltaCounts, PageCounts};
 use crate::ram::{MoverAbilities, PageBatch, RoundKind};
 use crate::session::sim::channel::SimSink;
 use crate::session::sim::guest::PAGE;
@@ -13,7 +13,8 @@ use crate::session::sim::world::{Mark, Sim, World};
 use crate::stream::qemu::ram::Record;
 use crate::sys::{SendPart, Stop};
 use crate::transport::{
-    ByteSink, ChannelError, InlineLink, MoveError, Offer, Receipt, Returned, SourceLink, Ticket,
+    ByteSink, ChannelError, DeltaCacheSize, InlineLink, MoveError, Offer, Receipt, Returned, SourceLink,
+    Ticket,
 };
 
 fn cannot_carry(batch: &PageBatch) -> bool {
@@ -237,6 +238,14 @@ impl SourceLink for SmallBatches {
 
     fn sent_pages(&self) -> Vec<PageCounts> {
         self.link.sent_pages()
+    }
+
+    fn deltas(&self) -> DeltaCounts {
+        self.link.deltas()
+    }
+
+    fn delta_cache_size(&self) -> Option<DeltaCacheSize> {
+        self.link.delta_cache_size()
     }
 
     fn open_round(&mut self, kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
