@@ -214,6 +214,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::ram::{BlockName, RamBlock};
+    use crate::stream::native::Purpose;
     use crate::units::PageSize;
 
     fn table() -> RamBlockTable {
@@ -303,7 +304,7 @@ mod tests {
     #[test]
     fn only_the_newest_connection_of_the_source_is_admitted() {
         let mut agreed = Agreement { migration_id: [1; 16], secret: [2; 16], attempt: 0 };
-        let resume = Resume { migration_id: [1; 16], secret: [2; 16], attempt: 2, committed: false };
+        let resume = Resume { migration_id: [1; 16], secret: [2; 16], attempt: 2, purpose: Purpose::GoOn };
         assert_eq!(agreed.admit(&Resume { migration_id: [3; 16], ..resume }), Err(NotAdmitted::Other));
         assert_eq!(agreed.admit(&Resume { secret: [3; 16], ..resume }), Err(NotAdmitted::Unproven));
         assert_eq!(agreed.admit(&resume), Ok(()));

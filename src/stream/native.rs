@@ -30,7 +30,8 @@
 //! rounds, from their beginning
 //! ```
 //!
-//! Behind COMMIT only HOLDS and RUNNING follow: RESUME is a COMMIT where that has not come.
+//! Behind COMMIT only HOLDS and RUNNING follow: RESUME is a COMMIT where that has not come. A source that keeps its guest
+//! says so by RESUME as well, and nothing follows.
 //!
 //! PING([`channels_ping`]) reports how many page channels the source has. A destination with another number answers
 //! REFUSED, also before HELLO: the greeting has shown it that the source is a ramwire.
@@ -45,7 +46,7 @@ use super::reader::Reader;
 use super::writer::Writer;
 use crate::ram::BlockName;
 pub use finding::Finding;
-pub use resume::Resume;
+pub use resume::{Purpose, Resume};
 
 /// Value of the PING that asks "are you a ramwire?": `RWM1`.
 pub const GREETING: u32 = 0x5257_4d31;

@@ -20,7 +20,7 @@ use crate::engine::{Agreement, DestinationEvent};
 use crate::error::{Chain, Remedy};
 use crate::ram::page_bits;
 use crate::session::{Breakage, Error};
-use crate::stream::native::{Answer, Hello, Order, Resume};
+use crate::stream::native::{Answer, Hello, Order, Purpose, Resume};
 use crate::stream::qemu::command::{Command, HEAD_LEN, decode_command};
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::{RecvPart, Stop, StopReason, random_id};
@@ -173,7 +173,7 @@ fn has_resume(channel: &StreamChannel) -> Begins<()> {
 
 /// True if these are the first bytes of a RESUME, as far as all have the same.
 fn may_be_resume(come: &[u8]) -> bool {
-    let any = Resume { migration_id: [0; 16], secret: [0; 16], attempt: 0, committed: false };
+    let any = Resume { migration_id: [0; 16], secret: [0; 16], attempt: 0, purpose: Purpose::GoOn };
     let mut resume = Vec::new();
     Command::Native(Order::Resume(any)).encode(&mut resume);
     come.iter().zip(&resume).take(HEAD_LEN).all(|(come, resume)| come == resume)
@@ -286,6 +286,12 @@ impl DestinationSession {
             None => self.resumption.accept(&stop),
         };
         match accepted {
+            Ok(Accepted { resume: Resume { purpose: Purpose::GiveUp, .. }, .. }) => {
+                tracing::warn!("the source has connected again to say that its guest stays there");
+                let why = "it gave the migration up, and the guest runs on there".into();
+                self.error = Some(Error::PeerFailed { why });
+                Ok(DestinationEvent::Failed)
+            }
             Ok(accepted) => self.resume(accepted, reader),
             Err(error) => {
                 tracing::warn!(error = %Chain(&error), "the source has not connected again");
@@ -299,7 +305,8 @@ impl DestinationSession {
 
     /// Goes on over another connection.
     fn resume(&mut self, accepted: Accepted, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
-        let Accepted { source, back, resume: Resume { committed, .. } } = accepted;
+        let Accepted { source, back, resume } = accepted;
+        let committed = resume.purpose == Purpose::AskForGuest;
         let starts = self.breakage.is(Breakage::StartWhenResumed) && self.driver.engine.is_bound();
         let committed = committed || starts;
         self.wire.link = Box::new(InlineDestination::new(source));

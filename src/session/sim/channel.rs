@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::guest::PAGE;
 use super::plan::{PeerKind, Side, Wire};
 use super::world::{Mark, Sim, Turn, World, may_stall};
-use crate::stream::native::{Answer, Order};
+use crate::stream::native::{Answer, Order, Purpose};
 use crate::stream::qemu::command::{Command, decode_command};
 use crate::stream::qemu::return_path::Message;
 use crate::sys::{RecvPart, SendPart, Stop, StopReason};
@@ -192,12 +192,18 @@ impl World {
     fn overhear_resume(&mut self, side: Side, bytes: &[u8], position: u64) {
         let decoded = decode_command(bytes).ok().filter(|_| side == Side::Source);
         let Some((Command::Native(Order::Resume(resume)), _)) = decoded else { return };
-        if resume.committed {
-            self.commit = Some(position + bytes.len() as u64);
-            self.commit_generation = self.generation();
-            self.mark(Mark::AskedBehindCommit);
-        } else {
-            self.ready = false;
+        match resume.purpose {
+            Purpose::AskForGuest => {
+                self.commit = Some(position + bytes.len() as u64);
+                self.commit_generation = self.generation();
+                self.mark(Mark::AskedBehindCommit);
+            }
+            Purpose::GoOn => self.ready = false,
+            Purpose::GiveUp if self.commit.is_some() => self.violation("the source gives up behind COMMIT"),
+            Purpose::GiveUp => {
+                self.ready = false;
+                self.mark(Mark::GaveUp);
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ use super::world::{Mark, Sim, World};
 use super::{number_from, spread};
 use crate::engine::{Ending, Outcome};
 use crate::session::destination::{BothWays, Further};
-use crate::session::{Breakage, NewConnection, Reconnect};
+use crate::session::{Breakage, Error, NewConnection, Reconnect};
 use crate::sys::{Stop, StopReason};
 use crate::transport::{Address, ChannelError, OpenError};
 
@@ -43,6 +43,7 @@ impl Reconnect for Again {
     fn connect(&mut self, _address: Option<&Address>, _stop: &Stop) -> Result<NewConnection, OpenError> {
         let mut turn = self.0.enter();
         if turn.world.killed || turn.world.is_done(Side::Target) || turn.world.is_endless() {
+            turn.world.mark(Mark::Unreachable);
             return Err(nobody());
         }
         if turn.world.throttle != 0 && turn.world.commit.is_none() {
@@ -96,6 +97,9 @@ fn facts(run: &Run) -> Vec<(&'static str, bool)> {
     let lost = &sent.statistics.lost;
     let marked = |mark| world.marks.contains(&mark);
     let completed = sent.outcome == Outcome::Completed;
+    // Of the last connection's cache.
+    let deltas_go_on = lost.count > 0 && sent.statistics.deltas.cache_size > 0;
+    let gave_up = marked(Mark::GaveUp);
     let paused_twice = sent.statistics.rounds.iter().filter(|round| round.paused).count() > 1;
     vec![
         ("completed after a loss", completed && lost.count > 0),
@@ -113,6 +117,9 @@ fn facts(run: &Run) -> Vec<(&'static str, bool)> {
         ("in doubt: killed", sent.outcome == Outcome::InDoubt && world.killed),
         ("cancelled after a loss", marked(Mark::CancelRaised) && lost.count > 0 && !completed),
         ("discarded there", run.arrived.ending == Ending::Discarded),
+        ("completed with differences behind a loss", completed && deltas_go_on),
+        ("told that the guest stays", gave_up && matches!(run.arrived.error, Some(Error::PeerFailed { .. }))),
+        ("told without an outage", gave_up && lost.count == 0),
     ]
 }
 

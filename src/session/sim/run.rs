@@ -260,6 +260,13 @@ impl Run {
                 must(here || !self.sent.guest_is_safe_here(), "the source's report is wrong");
                 must(self.unsent_is_dirty(), "a page that is not at the destination is not dirty");
                 must(self.sent.error.is_some(), "no reason is given");
+                let reachable = !world.killed && !marked(Mark::Unreachable);
+                let waits = self.sent.statistics.lost.count > 0
+                    && !matches!(self.sent.error, Some(Error::PeerFailed { .. }));
+                must(
+                    marked(Mark::GaveUp) || !waits || !reachable,
+                    "the destination was not told that the guest stays at the source",
+                );
                 let at_source = matches!(only, Some(Fault::Log { .. } | Fault::Pause { .. } | Fault::Save));
                 if at_source && world.marks.contains(&Mark::Panicked) {
                     let text = self

@@ -49,6 +49,10 @@ pub(super) enum Mark {
     Unplugged,
     Plugged,
     Passed,
+    /// The source said that its guest stays there.
+    GaveUp,
+    /// It could not connect again.
+    Unreachable,
     /// The source asked for the guest that it has handed over.
     AskedBehindCommit,
     /// The destination took a connection while an older one was still to be taken.

@@ -75,6 +75,7 @@ impl SourceSession {
         self.note_overdue();
         quietly("reporting the end", || self.figures.ended(now, outcome, self.error.as_ref()));
         self.let_go(outcome);
+        quietly("telling the destination that the guest stays here", || self.tell_given_up(outcome));
         if self.error.is_none() && matches!(outcome, Outcome::StaysHere(_)) {
             self.error = Some(Error::Cancelled);
         }

@@ -244,9 +244,14 @@ impl SourceSession {
             && !self.breakage.is(Breakage::ReconnectUntold)
     }
 
-    fn drop_connection(&mut self, lost: Lost) {
+    /// Lets go of the connection.
+    pub(super) fn close_connection(&mut self) {
         let gone = InlineLink::new(Box::new(Gone), Arc::clone(&self.guest.memory));
         self.wire.replace(Box::new(gone), None);
+    }
+
+    fn drop_connection(&mut self, lost: Lost) {
+        self.close_connection();
         self.missing.forget_connection(&self.guest.memory, self.breakage);
         self.pages.search = PageSearch::default();
         if lost == Lost::BeforeCommit {

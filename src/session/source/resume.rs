@@ -15,11 +15,12 @@
 
 use std::time::Duration;
 
-use crate::engine::{Lost, SourceEvent, Unconfirmed, is_equal};
+use crate::engine::{Lost, Outcome, SourceEvent, Unconfirmed, is_equal};
+use crate::error::Chain;
 use crate::ram::{PageRun, PageSet};
-use crate::stream::native::{Order, Resume};
+use crate::stream::native::{Order, Purpose, Resume};
 use crate::stream::qemu::command::Command;
-use crate::sys::{Stop, random_id};
+use crate::sys::{SendPart, Stop, random_id};
 use crate::units::PageIndex;
 
 use super::SourceSession;
@@ -28,6 +29,10 @@ use super::recovery::bit_runs;
 use super::return_path::{PeerMessage, check_deadline};
 use crate::session::callback::named;
 use crate::session::{Breakage, Error};
+
+/// How long a source whose guest stays here tries to tell the destination so, and how often.
+const FAREWELL_TIME: Duration = Duration::from_secs(3);
+const FAREWELL_ATTEMPTS: u32 = 4;
 
 /// What both ends have said in HELLO, and the connections since.
 #[derive(Default)]
@@ -101,17 +106,61 @@ impl SourceSession {
 
     /// The first bytes of another connection.
     pub(super) fn send_resume(&mut self) -> Result<SourceEvent, Error> {
+        let purpose = match self.driver.engine.lost() {
+            Some(Lost::BehindCommit) => Purpose::AskForGuest,
+            _ => Purpose::GoOn,
+        };
+        let resume = self.resume_for(purpose);
+        self.wire.send(&resume)?;
+        self.wire.flush()?;
+        Ok(SourceEvent::Done)
+    }
+
+    /// RESUME of the next connection.
+    fn resume_for(&mut self, purpose: Purpose) -> Vec<u8> {
         let resumption = &mut self.missing.recovery.resumption;
         resumption.attempts += 1;
         let attempt = resumption.attempts;
         let secret = resumption.theirs.unwrap_or_default();
-        let committed = self.driver.engine.lost() == Some(Lost::BehindCommit);
         let migration_id = self.settings.migration_id;
         let mut out = Vec::new();
-        Command::Native(Order::Resume(Resume { migration_id, secret, attempt, committed })).encode(&mut out);
-        self.wire.send(&out)?;
-        self.wire.flush()?;
-        Ok(SourceEvent::Done)
+        Command::Native(Order::Resume(Resume { migration_id, secret, attempt, purpose })).encode(&mut out);
+        out
+    }
+
+    /// The migration has ended, and the guest runs on here: a destination that takes the end of the connection for a loss
+    /// would wait for another one as long as it may. It is told on a connection of its own, since the old one may be gone,
+    /// or in the middle of a page.
+    pub(super) fn tell_given_up(&mut self, outcome: Outcome) {
+        let waits = self.pages.unconfirmed.as_ref().is_some_and(|unconfirmed| unconfirmed.last_fence() > 0);
+        let has_ended = matches!(self.error, Some(Error::PeerFailed { .. }));
+        let stays = matches!(outcome, Outcome::StaysHere(_)) && !self.driver.engine.is_postcopy();
+        if !waits || has_ended || !stays || self.breakage.is(Breakage::GiveUpSilently) {
+            return;
+        }
+        self.close_connection();
+        let resume = self.resume_for(Purpose::GiveUp);
+        let stop = Stop::never().within(FAREWELL_TIME);
+        for _ in 0..FAREWELL_ATTEMPTS {
+            match self.missing.recovery.connect(None, &stop) {
+                Ok(mut connection) => {
+                    let told = connection.sink.send(&[SendPart::Own(&resume)], &stop);
+                    let told = told.and_then(|()| connection.sink.flush(&stop));
+                    let told = told.and_then(|()| connection.sink.finish(&stop));
+                    tracing::info!(
+                        is_told = told.is_ok(),
+                        "the destination is told that the guest stays here"
+                    );
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(error = %Chain(&error), "the destination can't be told that the guest stays here");
+                }
+            }
+            if stop.reason().is_some() {
+                return;
+            }
+        }
     }
 
     /// What the destination has for certain; all else that was sent is dirty.

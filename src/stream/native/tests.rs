@@ -10,7 +10,7 @@ fn orders_and_answers_survive_the_wire() {
         secret: Some([9; 16]),
         ..Hello::ours([7; 16], true)
     };
-    let resume = Resume { migration_id: [7; 16], secret: [9; 16], attempt: 3, committed: true };
+    let resume = Resume { migration_id: [7; 16], secret: [9; 16], attempt: 3, purpose: Purpose::AskForGuest };
     let orders = [
         Order::Hello(hello),
         Order::StateSent,
@@ -27,7 +27,8 @@ fn orders_and_answers_survive_the_wire() {
         Order::MemoryCheck(Finding::NotMade),
         Order::Fence { number: 1 << 40 },
         Order::Resume(resume),
-        Order::Resume(Resume { committed: false, ..resume }),
+        Order::Resume(Resume { purpose: Purpose::GoOn, ..resume }),
+        Order::Resume(Resume { purpose: Purpose::GiveUp, ..resume }),
         Order::Hello(Hello { secret: None, ..hello }),
     ];
     for order in orders {
@@ -60,7 +61,7 @@ fn malformed_bodies_are_refused() {
         (11, &[0; 7]),
         (11, &[0; 9]),
         (12, &[0; Resume::LEN + 1]),
-        (12, &[2; Resume::LEN]),
+        (12, &[3; Resume::LEN]),
         (8, b""),
         (8, &[1; 16]),
         (8, &[0; 17]),
