@@ -58,7 +58,8 @@ pub trait DeviceState {
         0
     }
 
-    /// Writes the state; the guest is paused.
+    /// Writes the state; the guest is paused. Called again, with the guest paused again, if the connection was lost and the
+    /// guest ran on meanwhile.
     ///
     /// # Errors
     /// An error of the VMM or of the writer.
