@@ -63,7 +63,8 @@ pub(super) struct Args {
     /// Of the connection to the far end
     #[command(flatten)]
     limits: LimitArgs,
-    /// Folder for RAM and device state if the guest was given away by its source and the far end did not take it
+    /// Folder for RAM and device state if the guest was given away by its source and the far end did not take it; not
+    /// after a switch to postcopy, since the source then has pages that the relay has not
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
     /// Refuse a guest with more RAM than this; the relay holds all of it
@@ -109,6 +110,11 @@ const REMEDIES: &str = "its source decides when to switch over: raise its downti
 const GO_ON_WITHOUT: &str = "the guest was given to the far end, and what it misses there is at its source: keep both. \
                              They go on without this relay: `migrate-recover` at the far end, then at the source \
                              `migrate` to that address with `resume`";
+
+/// What an operator does when a switch to postcopy has failed, or is in doubt at the end.
+const AT_ITS_SOURCE: &str = "the guest's source had switched to postcopy, and only there is the guest whole: keep the \
+                             source. Nothing of it is kept here (--keep). Before you let it go on there, make sure that \
+                             it does not run at the far end";
 
 pub(super) fn run(args: &Args) -> Exit {
     run_relay(args).unwrap_or_else(|error| failed("relay", &*error))
@@ -384,6 +390,9 @@ fn tell(
     match report.ending {
         RelayEnding::Running => {}
         RelayEnding::Incomplete => note!("ramwire relay: {GO_ON_WITHOUT}"),
+        RelayEnding::Failed | RelayEnding::InDoubt if report.switched => {
+            note!("ramwire relay: {AT_ITS_SOURCE}")
+        }
         RelayEnding::Failed | RelayEnding::InDoubt => keep_guest(args, report),
     }
     match report.ending {

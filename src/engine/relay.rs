@@ -238,6 +238,10 @@ impl RelayEngine {
     pub fn handle(&mut self, now: Duration, event: RelayEvent) {
         use RelayEvent as E;
         self.far_ended |= matches!(event, E::FarEnded(_));
+        if let E::Switched { waits } = event {
+            // Also if it has failed meanwhile: what is here is older than what the source keeps.
+            (self.switched, self.source_waits) = (true, waits);
+        }
         match (self.phase, event) {
             (_, E::Moved(traffic)) => self.flow.moved(now, traffic),
             (Phase::Receiving, E::RamComplete) => self.go(Phase::RamComplete, RelayAction::SendLastRound),
@@ -251,10 +255,7 @@ impl RelayEngine {
                     false => self.go(Phase::GivenAway, RelayAction::GiveAway),
                 }
             }
-            (Phase::Receiving, E::Switched { waits }) => {
-                (self.switched, self.source_waits) = (true, waits);
-                self.go(Phase::Switching, RelayAction::SendSwitch);
-            }
+            (Phase::Receiving, E::Switched { .. }) => self.go(Phase::Switching, RelayAction::SendSwitch),
             (Phase::Switching, E::FarReady) if self.source_waits => {
                 self.go(Phase::Guarding, RelayAction::Guard);
             }
@@ -420,6 +421,15 @@ mod tests {
         assert!(!engine.is_in_doubt() && actions.ends_with(&[A::TellTaken, A::Unguard]));
         let (_, actions) = after(&[&doubt[..], &[E::FarEnded(FarEnd::DoesNotRun)]].concat());
         assert_eq!(actions.last(), Some(&A::TellFailed));
+    }
+
+    /// The side towards the source then learns why, and nothing here is taken for the whole guest.
+    #[test]
+    fn a_switch_that_comes_after_the_far_end_has_failed_is_a_switch() {
+        let (engine, actions) =
+            after(&[E::FarEnded(FarEnd::DoesNotRun), E::Switched { waits: true }, E::Told]);
+        assert!(engine.has_switched());
+        assert_eq!(actions, [A::Abandon, A::TellFailed, A::Finish(RelayEnding::Failed)]);
     }
 
     #[test]

@@ -98,7 +98,10 @@ pub struct RelayReport {
     pub first_page_sent: Option<Duration>,
     /// When the last page of the guest's first round had arrived, since the relay began.
     pub ram_complete: Option<Duration>,
-    /// The guest's state, to be kept if neither side has it for certain.
+    /// The source had switched to postcopy: of what is missing at the far end, its newest pages are only at the source.
+    pub switched: bool,
+    /// The guest's state, to be kept if neither side has it for certain. `None` after a switch to postcopy: pages that
+    /// the source has discarded are older here, or missing.
     pub kept: Option<Kept>,
 }
 
@@ -268,15 +271,20 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         Some(far) => (Some(far.report), far.began.saturating_duration_since(began)),
         None => (None, Duration::ZERO),
     };
-    let kept = held.locked().take().zip(received.incoming.clone()).map(|(memory, incoming)| Kept {
+    let (ending, switched) = {
+        let inner = hub.lock();
+        (inner.engine.ending(), inner.engine.has_switched())
+    };
+    let whole = held.locked().take().filter(|_| !switched);
+    let kept = whole.zip(received.incoming.clone()).map(|(memory, incoming)| Kept {
         incoming,
         memory,
         state: hub.lock().device_state.take(),
     });
     let ram_complete = *ram_complete.locked();
-    let ending = hub.lock().engine.ending();
     RelayReport {
         ending,
+        switched,
         received,
         first_page_sent: first_page_sent.map(|time| time + delay),
         ram_complete,

@@ -173,6 +173,7 @@ impl Running {
         let report = self.relay.join().unwrap();
         let mut told = Vec::new();
         self.source.read_to_end(&mut told).unwrap();
+        assert!(report.switched && report.kept.is_none(), "what is here is older than what was discarded");
         assert_eq!(*self.guard.lock().unwrap(), ["held", "released"]);
         (told, report)
     }
@@ -213,6 +214,7 @@ fn p8_a_far_end_that_is_lost_before_it_was_given_the_guest_leaves_it_at_the_sour
     running.far.shutdown(Shutdown::Both).unwrap();
     let report = running.relay.join().unwrap();
     assert_eq!(report.ending, RelayEnding::Failed);
+    assert!(report.switched && report.kept.is_none());
     let mut told = Vec::new();
     running.source.read_to_end(&mut told).unwrap();
     assert_eq!(told, [encoded(Message::Shut { status: 1 })].concat());
