@@ -70,9 +70,7 @@ impl ForwardedPages {
 
     /// The pages that came since the last call, after [`switch`](Self::switch).
     pub(in crate::session) fn take_queue(&self) -> Vec<PageRun> {
-        if self.pending() == 0 {
-            return Vec::new();
-        }
+        // A sync may have taken their bits: the queue alone decides.
         let mut queue = self.queue.locked();
         if let Some(wake) = &self.wake {
             wake.clear();
@@ -149,5 +147,26 @@ mod tests {
         dirty.set_range(0..70);
         forwarded.sync_into(BlockIndex(0), &mut dirty).unwrap();
         assert_eq!((dirty.count(), forwarded.pending()), (75, 0));
+    }
+
+    /// Otherwise it would stay, and what waits for it would be woken for ever.
+    #[test]
+    fn a_page_in_the_queue_whose_bit_a_sync_has_taken_is_taken_from_the_queue() {
+        let block = RamBlock::new(BlockName::new("ram").unwrap(), 100 * 4096);
+        let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
+        let forwarded = ForwardedPages::new(&table);
+        forwarded.switch();
+        let run = PageRun { block: BlockIndex(0), first: PageIndex(60), pages: 1 };
+        forwarded.mark(run);
+        forwarded.sync_into(BlockIndex(0), &mut PageBitmap::new(100)).unwrap();
+        assert_eq!(forwarded.pending(), 0);
+        let is_raised = || {
+            let wake = forwarded.wake().unwrap();
+            let mut fds = [rustix::event::PollFd::from_borrowed_fd(wake, rustix::event::PollFlags::IN)];
+            rustix::event::poll(&mut fds, Some(&rustix::event::Timespec::default())).unwrap() == 1
+        };
+        assert!(is_raised());
+        assert_eq!(forwarded.take_queue(), [run]);
+        assert!(!is_raised() && forwarded.take_queue().is_empty());
     }
 }
