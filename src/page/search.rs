@@ -12,6 +12,9 @@ use std::collections::VecDeque;
 use crate::ram::{DirtyMap, PageRun};
 use crate::units::{BlockIndex, PageIndex};
 
+/// Requested runs that may wait. Who requests more gets those pages in their turn, as dirty ones.
+const MAX_REQUESTS: usize = 1 << 16;
+
 /// The cursor of a walk over all blocks.
 #[derive(Debug, Default)]
 pub struct PageSearch {
@@ -21,9 +24,12 @@ pub struct PageSearch {
 }
 
 impl PageSearch {
-    /// Requests a run, which is sent before other dirty pages. Pages of it that are clean by then are not sent again.
+    /// Requests a run, which is sent before other dirty pages, unless too many wait by now. Pages of it that are clean
+    /// by then are not sent again.
     pub fn request(&mut self, run: PageRun) {
-        self.requested.push_back(run);
+        if self.requested.len() < MAX_REQUESTS {
+            self.requested.push_back(run);
+        }
     }
 
     /// Number of requested runs that wait, including clean ones.
@@ -126,6 +132,19 @@ mod tests {
         assert_eq!(search.next_run(&mut map, 2), Some(run(0, 2, 1)));
         assert_eq!(search.next_run(&mut map, 2), Some(run(1, 50, 1)));
         assert_eq!(search.next_run(&mut map, 2), None);
+    }
+
+    #[test]
+    fn requests_without_end_take_no_memory_without_end_and_lose_no_page() {
+        let mut map = dirty(&[100]);
+        map.set_run(run(0, 0, 100));
+        let mut search = PageSearch::default();
+        (0..2 * MAX_REQUESTS).for_each(|_| search.request(run(0, 70, 1)));
+        search.request(run(0, 50, 1));
+        assert_eq!(search.asked(), MAX_REQUESTS);
+        assert_eq!(search.next_run(&mut map, 1), Some(run(0, 70, 1)));
+        let rest = std::iter::from_fn(|| search.next_run(&mut map, 1)).count();
+        assert_eq!((rest, map.count()), (99, 0));
     }
 
     #[test]

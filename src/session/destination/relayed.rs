@@ -43,7 +43,7 @@ pub(crate) struct ToSource {
 }
 
 impl ToSource {
-    /// Requests a host page.
+    /// Requests host pages.
     pub(crate) fn ask(&self, page: PageRun) -> Result<(), Error> {
         let landing = self.placer.memory().table().admit_run(page);
         let landing = landing.map_err(|error| out_of_turn(&error.to_string(), "postcopy"))?;

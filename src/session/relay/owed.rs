@@ -8,6 +8,9 @@
 use crate::ram::{PageRun, PageSet, RamBlockTable};
 use crate::units::PageIndex;
 
+/// Target pages from which on a request takes no further host page: its length in bytes has 32 bits.
+const LONGEST_REQUEST: u64 = 1 << 14;
+
 /// A run that has come and may be sent on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::session) struct Came {
@@ -45,17 +48,16 @@ impl Owed {
 
     /// `run` has come: returns what may be sent on by now. Pages that were here before are not sent again.
     pub(in crate::session) fn came(&mut self, run: PageRun) -> Vec<Came> {
-        let found = within(&self.absent, run);
-        let mut ready = Vec::new();
-        for part in found {
+        let mut ready: Vec<Came> = Vec::new();
+        for part in within(&self.absent, run) {
             self.absent.remove(part);
             if self.host_page(part) == 1 && !self.asked.touches(part) {
-                ready.push(Came { run: part, asked: false });
+                put_behind(&mut ready, Came { run: part, asked: false });
                 continue;
             }
             for whole in self.host_pages_of(part) {
                 if !self.absent.touches(whole) {
-                    ready.push(Came { run: whole, asked: self.asked.touches(whole) });
+                    put_behind(&mut ready, Came { run: whole, asked: self.asked.touches(whole) });
                     self.asked.remove(whole);
                 }
             }
@@ -63,17 +65,25 @@ impl Owed {
         ready
     }
 
-    /// The far end waits for `run`: returns the host pages of it that are to be requested from the source. `None` if
-    /// all of it is here.
+    /// The far end waits for `run`: returns what of it is to be requested from the source, in runs of whole host pages.
+    /// `None` if all of it is here.
     pub(in crate::session) fn ask(&mut self, run: PageRun) -> Option<Vec<PageRun>> {
-        let mut missing = self.host_pages_of(run);
-        missing.retain(|whole| self.absent.touches(*whole));
-        if missing.is_empty() {
-            return None;
+        let (mut is_missing, mut due) = (false, Vec::<PageRun>::new());
+        for whole in self.host_pages_of(run) {
+            if !self.absent.touches(whole) {
+                continue;
+            }
+            is_missing = true;
+            if self.asked.touches(whole) {
+                continue;
+            }
+            self.asked.add(whole);
+            match due.last_mut().filter(|last| last.end() == whole.first && last.pages < LONGEST_REQUEST) {
+                Some(last) => last.pages += whole.pages,
+                None => due.push(whole),
+            }
         }
-        missing.retain(|whole| !self.asked.touches(*whole));
-        missing.iter().for_each(|whole| _ = self.asked.add(*whole));
-        Some(missing)
+        is_missing.then_some(due)
     }
 
     /// Target pages of a host page of `run`.
@@ -82,11 +92,20 @@ impl Owed {
     }
 
     /// The host pages that `run` touches.
-    fn host_pages_of(&self, run: PageRun) -> Vec<PageRun> {
+    fn host_pages_of(&self, run: PageRun) -> impl Iterator<Item = PageRun> + use<> {
         let host = self.host_page(run);
         let (first, end) = (run.first.0 / host * host, run.end().0);
         let starts = (first..end).step_by(usize::try_from(host).unwrap_or(usize::MAX));
-        starts.map(|start| PageRun { first: PageIndex(start), pages: host, ..run }).collect()
+        starts.map(move |start| PageRun { first: PageIndex(start), pages: host, ..run })
+    }
+}
+
+/// Neighbours are one run: what a far end asks for page by page, or all at once, takes no more memory than its runs.
+fn put_behind(ready: &mut Vec<Came>, came: Came) {
+    let last = ready.last_mut().filter(|last| last.asked == came.asked && last.run.end() == came.run.first);
+    match last.filter(|last| last.run.block == came.run.block) {
+        Some(last) => last.run.pages += came.run.pages,
+        None => ready.push(came),
     }
 }
 
@@ -143,9 +162,25 @@ mod tests {
         assert_eq!(owed.ask(run(9, 2)), Some(vec![run(10, 1)]));
         assert_eq!(owed.ask(run(10, 2)), Some(vec![run(11, 1)]));
         assert_eq!(owed.ask(run(10, 2)), Some(vec![]));
-        let asked = owed.came(run(10, 2));
-        assert_eq!(asked, [10, 11].map(|page| Came { run: run(page, 1), asked: true }));
+        assert_eq!(owed.came(run(10, 2)), [Came { run: run(10, 2), asked: true }]);
         assert_eq!(owed.ask(run(10, 2)), None);
+    }
+
+    #[test]
+    fn a_far_end_that_asks_for_everything_takes_the_memory_of_a_few_runs() {
+        let mut all = owed(PageSize::SIZE_4K, &[run(0, 1000), run(1001, 1047)]);
+        let runs = [run(0, 1000), run(1001, 1047)];
+        assert_eq!(all.ask(run(0, 2048)), Some(runs.to_vec()));
+        assert_eq!(all.ask(run(0, 2048)), Some(vec![]));
+        assert_eq!(all.came(run(0, 2048)), runs.map(|run| Came { run, asked: true }));
+        // A request is no longer than its length can tell.
+        let mut block = RamBlock::new(BlockName::new("ram").unwrap(), 3 * 4096 * LONGEST_REQUEST);
+        block.host_page = PageSize::SIZE_4K;
+        let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
+        let mut set = PageSet::new(&table);
+        set.add(run(0, 3 * LONGEST_REQUEST));
+        let due = Owed::new(&table, set).ask(run(0, 3 * LONGEST_REQUEST)).unwrap();
+        assert_eq!(due, [0, 1, 2].map(|part| run(part * LONGEST_REQUEST, LONGEST_REQUEST)));
     }
 
     #[test]
