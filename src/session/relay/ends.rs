@@ -273,7 +273,9 @@ impl IncomingObserver for Middle {
 
     fn is_taken(&self) -> bool {
         let inner = self.hub.lock();
-        self.switched && inner.has(RelayAction::TellTaken) && !inner.has(RelayAction::TellFailed)
+        // A source that waits for no answer has given its guest away without one.
+        let taken = inner.has(RelayAction::TellTaken) || inner.has(RelayAction::Part);
+        taken && !inner.has(RelayAction::TellFailed)
     }
 
     fn why_ended(&self) -> Option<Error> {
