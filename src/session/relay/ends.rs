@@ -59,8 +59,6 @@ pub(super) struct Middle {
     pub(super) meter: Option<Meter>,
     /// The source has a connection for urgent pages, which nobody here reads.
     pub(super) urgent_came: bool,
-    /// The source has switched to postcopy.
-    pub(super) switched: bool,
     /// The source is told nothing any more.
     pub(super) silenced: Arc<AtomicBool>,
 }
@@ -207,8 +205,7 @@ impl IncomingObserver for Middle {
     /// The far side has ended: further pages can't be passed on, and the source can receive an error.
     fn between_reads(&mut self) -> Result<(), Error> {
         let Some(meter) = &mut self.meter else { return Ok(()) };
-        // After a switch another token ends the reads.
-        if !meter.is_due() || self.switched {
+        if !meter.is_due() {
             return Ok(());
         }
         loop {
@@ -249,7 +246,6 @@ impl IncomingObserver for Middle {
     }
 
     fn switched(&mut self, switched: Switched) -> Result<(), Error> {
-        self.switched = true;
         if let Some(forwarded) = &self.forwarded {
             forwarded.switch();
         }

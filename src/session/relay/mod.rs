@@ -256,7 +256,6 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         forwarded: None,
         meter: None,
         urgent_came,
-        switched: false,
         silenced: Arc::clone(&silenced),
     };
     session = session.with_incoming_observer(Box::new(middle));
