@@ -29,7 +29,7 @@ use super::common::{
     PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed, seconds, uri_help,
 };
 use super::converge::{print_remedies, warn_if_not_converging};
-use super::guardian::Guardian;
+use super::guardian::{Guardian, advice};
 use super::limits::LimitArgs;
 use super::output::{note, result_line, result_text};
 use super::qmp::{Monitor, Plan, QmpArgs, Role, Subject};
@@ -317,11 +317,10 @@ fn tell_notice(notice: &Notice) {
             "ramwire relay: the source opened no return path, so it can't be informed of the outcome: check \
             the far end before you end the source, or set its return-path capability"
         ),
-        Notice::InDoubt { why } => note!(
+        Notice::InDoubt { why, switched } => note!(
             "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). The source waits, and \
-             this relay for the far end's answer. Look at the far end: if the guest runs there, end the source; if it \
-             does not and never will, `kill -USR1 {}`: the source then goes on",
-            std::process::id()
+             this relay for the far end's answer. {}",
+            advice(*switched, std::process::id())
         ),
         Notice::NotGuarded => note!(
             "ramwire relay: the source's connection is none that another process can hold: should this one be killed \

@@ -20,11 +20,13 @@ use ramwire::session::{Guard, Held};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 pub(super) use process::run;
+pub(super) use words::advice;
 
 /// The hidden first argument that makes this command a guardian.
 pub(super) const ARGUMENT: &str = "relay-guardian";
 
-/// From the relay: this message carries both connections, and the kinds of their peers.
+/// From the relay: this message carries both connections, the kinds of their peers, and whether the source has switched
+/// to postcopy.
 const HOLD: u8 = b'h';
 /// From the relay: the connections need not be held any more.
 const RELEASE: u8 = b'r';
@@ -94,7 +96,8 @@ impl Guard for Guardian {
     fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
         let mut connections = vec![held.source];
         connections.extend(held.far_end);
-        let words = [HOLD, u8::from(held.source_is_native), u8::from(held.far_end_is_native)];
+        let kinds = [held.source_is_native, held.far_end_is_native, held.switched].map(u8::from);
+        let words = [&[HOLD][..], &kinds].concat();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !ancillary.push(SendAncillaryMessage::ScmRights(&connections)) {

@@ -17,7 +17,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, Shutdown
 use rustix::process::{Signal, getppid, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
-use super::words::say;
+use super::words::{advice, say};
 use super::{HOLD, HOLDS, RELEASE, UP};
 
 /// Longest time between two checks for signals, which may come just before a wait.
@@ -32,6 +32,8 @@ struct Connections {
     source_is_native: bool,
     far_end: Option<OwnedFd>,
     far_end_is_native: bool,
+    /// The source has switched to postcopy.
+    switched: bool,
     /// Bytes of an incomplete answer.
     answer: Vec<u8>,
 }
@@ -79,8 +81,8 @@ fn guard() -> io::Result<()> {
     say(&format!(
         "in doubt: the relay ended after it had given the guest to the far end, which has not reported that it runs. \
          This process holds the source's connection, so that the guest can't run twice, and waits for the far end's \
-         answer. Look at the far end: if the guest runs there, end the source; if it does not and never will, \
-         `kill -USR1 {pid}`: the source then goes on"
+         answer. {}",
+        advice(held.switched, pid)
     ));
     let end = held.wait(&decided)?;
     held.tell(&end);
@@ -89,7 +91,7 @@ fn guard() -> io::Result<()> {
 
 /// Waits for the connections; `None` if they need not be held.
 fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
-    let mut words = [0; 3];
+    let mut words = [0; 4];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let got = loop {
@@ -107,14 +109,15 @@ fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
     }
     let mut connections = connections.into_iter();
     match (got, words, connections.next()) {
-        (3, [HOLD, source_is_native, far_end_is_native], Some(source)) => Ok(Some(Connections {
+        (4, [HOLD, source_is_native, far_end_is_native, switched], Some(source)) => Ok(Some(Connections {
             source,
             source_is_native: source_is_native == 1,
             far_end: connections.next(),
             far_end_is_native: far_end_is_native == 1,
+            switched: switched == 1,
             answer: Vec::new(),
         })),
-        (3, [HOLD, ..], None) => Err(io::Error::other("no descriptor came with the relay's message")),
+        (4, [HOLD, ..], None) => Err(io::Error::other("no descriptor came with the relay's message")),
         _ => Ok(None),
     }
 }
@@ -232,6 +235,12 @@ impl Connections {
     /// Sends the result to the source, and makes sure that the source can read it.
     fn tell(&self, end: &End) {
         let (text, messages) = match end {
+            End::SourceGone if self.switched => {
+                return say(
+                    "the source has gone before it was told that its guest was taken: it may have taken it back. Look at \
+                     both ends; what the guest misses at the far end is only at its source. Nothing is held any more",
+                );
+            }
             End::SourceGone => {
                 return say(
                     "the source has gone: if the guest runs, it runs at the far end; nothing is held any more",

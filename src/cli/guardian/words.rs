@@ -11,6 +11,20 @@ const LOG: &str = "/dev/log";
 /// Facility user, severity alert (RFC 5424).
 const PRIORITY: u8 = 8 + 1;
 
+/// What an operator does while the guest is in doubt, and `process` waits for the far end's answer. `switched`: the
+/// source has switched to postcopy.
+pub(in crate::cli) fn advice(switched: bool, process: u32) -> String {
+    let never = format!("if it does not and never will, `kill -USR1 {process}`: the source then goes on");
+    if switched {
+        format!(
+            "End neither end by yourself: what the guest misses at the far end is only at its source. Look at the far \
+             end: if the guest runs there, keep both; {never}"
+        )
+    } else {
+        format!("Look at the far end: if the guest runs there, end the source; {never}")
+    }
+}
+
 /// Writes a line to both. It never waits for a reader: this process must keep the connections.
 pub(super) fn say(text: &str) {
     let line = format!("ramwire relay: {text}\n");
@@ -27,5 +41,18 @@ pub(super) fn say(text: &str) {
     if log.set_nonblocking(true).is_ok() {
         // On a host without a log only standard error is used.
         let _ = log.send_to(entry.as_bytes(), LOG);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_that_has_what_the_far_end_misses_is_not_to_be_ended() {
+        let (precopy, postcopy) = (advice(false, 7), advice(true, 7));
+        assert!(precopy.contains("end the source") && precopy.contains("kill -USR1 7"));
+        assert!(!postcopy.contains("end the source") && postcopy.contains("keep both"));
+        assert!(postcopy.contains("kill -USR1 7"));
     }
 }

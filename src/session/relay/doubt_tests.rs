@@ -32,7 +32,7 @@ pub(super) struct Noting(pub(super) Arc<Mutex<Vec<&'static str>>>, pub(super) bo
 impl Guard for Noting {
     fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
         assert!(held.far_end.is_some() && !held.source_is_native && !held.far_end_is_native);
-        self.0.lock().unwrap().push("held");
+        self.0.lock().unwrap().push(if held.switched { "held after the switch" } else { "held" });
         if self.1 { Ok(()) } else { Err(io::Error::other("no process can be started")) }
     }
     fn release(&mut self) {
@@ -97,7 +97,7 @@ impl Running {
         running.read_far("\"fields\": []}]}");
         let notice = running.notices.recv_timeout(WAIT).unwrap();
         assert!(
-            matches!(&notice, Notice::InDoubt { why } if why.contains("that the guest runs")),
+            matches!(&notice, Notice::InDoubt { why, switched: false } if why.contains("that the guest runs")),
             "{notice:?}"
         );
         assert!(running.control.is_in_doubt() && running.control.is_given_away());

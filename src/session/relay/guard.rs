@@ -15,6 +15,8 @@ pub struct Held<'a> {
     pub far_end: Option<BorrowedFd<'a>>,
     /// The far end is a ramwire, otherwise a QEMU.
     pub far_end_is_native: bool,
+    /// The source has switched to postcopy: what the guest misses at the far end is only at the source.
+    pub switched: bool,
 }
 
 /// Holds a source's connection while its guest may run at the far end, even if the relay's process dies.

@@ -115,7 +115,10 @@ impl Inner {
                     let answer = self.hold(&mut notices);
                     self.engine.handle(now, answer);
                 }
-                RelayAction::ReportDoubt => notices.push(Notice::InDoubt { why: self.why() }),
+                RelayAction::ReportDoubt => {
+                    let (why, switched) = (self.why(), self.engine.has_switched());
+                    notices.push(Notice::InDoubt { why, switched });
+                }
                 RelayAction::Finish(_) | RelayAction::Unguard => self.release(),
                 RelayAction::TellFailed | RelayAction::TellNothing | RelayAction::Part => {
                     self.source_ends.cancel();
@@ -144,6 +147,7 @@ impl Inner {
             source_is_native: self.source.native,
             far_end: self.far_end.connection.as_ref().map(AsFd::as_fd),
             far_end_is_native: self.far_end.native,
+            switched: self.engine.has_switched(),
         };
         match guarded("holding the source's connection", || guard.hold(&held)) {
             Ok(Ok(())) => RelayEvent::Guarded,

@@ -75,6 +75,9 @@ pub enum Notice {
     InDoubt {
         /// What happened.
         why: String,
+        /// The source has switched to postcopy: what the guest misses at the far end is only at the source, which must
+        /// not be ended, even if the guest runs at the far end.
+        switched: bool,
     },
     /// The guest is handed over and a [`Guard`] can't hold the source's connection: if this process dies in doubt, the
     /// source may resume the guest.
