@@ -221,6 +221,12 @@ impl RelayEngine {
         self.switched
     }
 
+    /// True while the source may have sent everything, and waits for the answer that its guest was taken: its silence
+    /// is none then.
+    pub fn source_may_be_silent(&self) -> bool {
+        self.source_waits && matches!(self.phase, Phase::GivenAway | Phase::InDoubt | Phase::Taken)
+    }
+
     /// True while more may be read from the source.
     pub fn may_read(&self) -> bool {
         // Bytes that the source has already sent must be kept, whatever happened at the far end. In postcopy a page

@@ -181,6 +181,11 @@ impl Ingest {
         }
     }
 
+    /// After the switch: see [`IncomingObserver::source_may_be_silent`].
+    pub(super) fn source_may_be_silent(&self) -> bool {
+        self.watcher().is_some_and(|observer| observer.source_may_be_silent())
+    }
+
     /// After the switch: true once the guest runs at a relay's far end.
     pub(super) fn is_taken(&self) -> bool {
         self.watcher().is_some_and(|observer| observer.is_taken())

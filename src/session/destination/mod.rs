@@ -132,6 +132,11 @@ pub(crate) trait IncomingObserver: Send {
     /// source knows if it is the far end: until then the connection must not close, nor a failure be reported.
     fn settle(&self) {}
 
+    /// After the switch: true while the source may have sent everything, and waits for an answer.
+    fn source_may_be_silent(&self) -> bool {
+        false
+    }
+
     /// After the switch: true once the guest runs at the far end, so that a loss gives it to nobody else.
     fn is_taken(&self) -> bool {
         false

@@ -59,10 +59,7 @@ impl DestinationSession {
                     *start += consumed;
                     self.ingest.between_reads()?;
                     reader.make_room(needed);
-                    // After a switch a relay's source may have sent everything, and waits for the far end.
-                    let waits = self.may_hold_its_switchover() || self.switch.relayed().is_some();
-                    let may_be_silent = reader.start == reader.end && waits;
-                    let stop = self.stop_of_read();
+                    let (may_be_silent, stop) = self.next_read(reader.start == reader.end);
                     let source = self.wire.link.stream();
                     source.set_hints(ReadHints { bulk, may_be_silent, ..ReadHints::default() });
                     let got = match source.recv(&mut [RecvPart::Own(&mut reader.buffer[reader.end..])], &stop)

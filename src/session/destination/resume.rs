@@ -239,9 +239,16 @@ impl DestinationSession {
         self.send_message(Message::Native(Answer::Fenced { number }))
     }
 
-    /// How long the next read may take.
-    pub(super) fn stop_of_read(&self) -> Stop {
-        if self.may_resume() { self.wire.stop.within(LOOK_INTERVAL) } else { self.wire.stop.clone() }
+    /// Whether the source may be silent in the next read, and how long that may take. `between`: it begins between two
+    /// items of the stream.
+    pub(super) fn next_read(&mut self, between: bool) -> (bool, Stop) {
+        let relays = self.switch.relayed().is_some();
+        // After a switch a relay's source may have sent everything, and waits for the far end's answer. From the answer on
+        // its silence is one, so the read begins again from time to time.
+        let waits = between && relays && self.ingest.source_may_be_silent();
+        let again = waits || self.may_resume();
+        let stop = if again { self.wire.stop.within(LOOK_INTERVAL) } else { self.wire.stop.clone() };
+        (waits || between && !relays && self.may_hold_its_switchover(), stop)
     }
 
     /// A read has ended without a byte. The source may have lost the connection and have connected again, while nothing
@@ -250,8 +257,11 @@ impl DestinationSession {
     /// # Errors
     /// It was, or the read ended for another reason.
     pub(super) fn look_for_source(&mut self, error: Error) -> Result<(), Error> {
-        if !error.is_deadline() || !self.may_resume() || self.wire.stop.reason().is_some() {
+        if !error.is_deadline() || self.wire.stop.reason().is_some() {
             return Err(error);
+        }
+        if !self.may_resume() {
+            return if self.switch.relayed().is_some() { Ok(()) } else { Err(error) };
         }
         let peer = || "the source".to_owned();
         self.resumption.looks += 1;

@@ -267,6 +267,10 @@ impl IncomingObserver for Middle {
         }
     }
 
+    fn source_may_be_silent(&self) -> bool {
+        self.hub.lock().engine.source_may_be_silent()
+    }
+
     fn is_taken(&self) -> bool {
         let inner = self.hub.lock();
         // A source that waits for no answer has given its guest away without one.
