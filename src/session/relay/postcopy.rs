@@ -197,13 +197,19 @@ impl Behind for FarSwitch {
         self.hub.post(RelayEvent::SourceKnows);
     }
 
+    fn why_ended(&self) -> Option<Error> {
+        let inner = self.hub.lock();
+        let over = inner.has(RelayAction::Abandon);
+        over.then(|| why_ended(&inner).unwrap_or_else(source_lost))
+    }
+
     fn wake(&self) -> Option<BorrowedFd<'_>> {
         self.arrivals.wake()
     }
 
     fn check(&mut self, taken: bool) -> Result<(), Error> {
-        if self.hub.lock().has(RelayAction::Abandon) {
-            return Err(source_lost());
+        if let Some(why) = self.why_ended() {
+            return Err(why);
         }
         // The far end was given the guest by now.
         let late = self.given.get_or_insert_with(Instant::now).elapsed() >= self.finish_timeout;

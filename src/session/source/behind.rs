@@ -29,6 +29,9 @@ pub(in crate::session) trait Behind: Send {
     /// The peer has taken the guest.
     fn taken(&mut self);
 
+    /// Why nothing more is sent on, if so: the guest's source is gone, or the relay gave up.
+    fn why_ended(&self) -> Option<Error>;
+
     /// Readable while [`came`](Self::came) has something.
     fn wake(&self) -> Option<BorrowedFd<'_>>;
 
@@ -66,6 +69,12 @@ impl SourceSession {
     /// Pages that the peer does not have: those that are here, and those that are not.
     pub(super) fn pages_missing(&self) -> u64 {
         self.pages.dirty.count() + self.missing.behind.as_ref().map_or(0, |behind| behind.left())
+    }
+
+    /// At a relay whose peer was given the guest: why the relay ends the connection, if it does.
+    pub(super) fn why_parted(&self) -> Option<Error> {
+        let behind = self.missing.behind.as_ref().filter(|_| self.driver.engine.is_committed());
+        behind.and_then(|behind| behind.why_ended())
     }
 
     /// True while there is nothing to send, and something to wait for: pages, or the peer's word.

@@ -239,6 +239,11 @@ impl SourceSession {
 
     fn keep(&mut self, error: Error) -> SourceEvent {
         tracing::warn!(error = %Chain(&error), "migration step failed");
+        if let Some(why) = self.why_parted() {
+            // The peer has refused nothing: it may have the guest.
+            self.error.get_or_insert(why);
+            return SourceEvent::Lost;
+        }
         // The kernel's answer for memory that it has lost names no block.
         let error = if error.kind() == ErrorKind::Cancelled {
             error
