@@ -153,12 +153,14 @@ pub(super) enum Breakage {
     AskNobody,
     /// A relay in postcopy ends when it has sent what is here.
     EndWithoutSource,
+    /// A relay gives the guest away although its source has gone.
+    GiveToGone,
 }
 
 impl Breakage {
     /// What the simulation of a relay switches off.
     #[cfg(test)]
-    pub(super) const OF_RELAYS: [Self; 13] = [
+    pub(super) const OF_RELAYS: [Self; 14] = [
         Self::TellBeforeFarEnd,
         Self::DoubtIsFailure,
         Self::AskBeforeFarEnd,
@@ -172,6 +174,7 @@ impl Breakage {
         Self::ForgetOwed,
         Self::AskNobody,
         Self::EndWithoutSource,
+        Self::GiveToGone,
     ];
 
     /// What the simulation of lost connections switches off.

@@ -146,7 +146,7 @@ impl Middle {
             .with_cancel(self.cancel.clone())
             .with_statistics(self.left.clone());
         self.hub.far_side_starts(session.control());
-        let ended = FarSideEnds(Arc::clone(&self.hub));
+        let (ended, hub) = (FarSideEnds(Arc::clone(&self.hub)), Arc::clone(&self.hub));
         let far_side = move || {
             let began = Instant::now();
             let report = session.run();
@@ -154,6 +154,7 @@ impl Middle {
             ended.with(&report);
             // The receiver is gone only if the relay itself is.
             let _ = give.send(FarReport { report, began, first_page_sent });
+            hub.await_source();
         };
         spawner.spawn("ramwire-far", Box::new(far_side))?;
         Ok(())

@@ -11,12 +11,13 @@ use crate::engine::{Handover, RelayAction, RelayEngine, RelayEvent};
 use crate::error::Chain;
 use crate::session::callback::{guarded, quietly};
 use crate::session::control::Control;
-use crate::session::destination::Switched;
+use crate::session::destination::{Switched, ToSource};
 use crate::session::handle::CancelReply;
 use crate::session::workers::Spawner;
 use crate::session::{Breakage, Clock, Error, WallClock};
 use crate::sys::{CancelToken, FdKind, Lock as _, queued_bytes};
 
+use super::ends::POLL_INTERVAL;
 use super::guard::{Guard, Held};
 use super::{Notice, NoticeFn};
 
@@ -36,6 +37,8 @@ pub(in crate::session) struct Inner {
     pub(super) device_state: Option<Vec<u8>>,
     /// The source's switch to postcopy, once it has switched.
     switched: Option<Switched>,
+    /// The source, once it was told that its guest was taken.
+    told: Option<Arc<ToSource>>,
     /// Raised when the source is to read and write no more, after a switch.
     source_ends: CancelToken,
     /// Why the far end does not have the guest, or is silent.
@@ -70,6 +73,7 @@ impl Default for Inner {
             decided: Vec::new(),
             device_state: None,
             switched: None,
+            told: None,
             source_ends: CancelToken::default(),
             why: None,
             guard: None,
@@ -104,16 +108,17 @@ impl Inner {
 
     /// Passes an event to the engine and performs its decisions, except for those that a side must perform.
     fn take(&mut self, event: RelayEvent) -> Vec<Notice> {
-        let (now, mut notices) = (self.clock.now(), Vec::new());
+        let mut notices = Vec::new();
         self.far_is_ready |= event == RelayEvent::FarReady;
-        self.engine.handle(now, event);
+        let ready = event == RelayEvent::FarReady && self.engine.has_switched();
+        self.pass(if ready && self.source_has_left() { RelayEvent::SourceGone } else { event });
         while let Some(action) = self.engine.poll() {
             tracing::debug!(?event, ?action, "relay");
             self.decided.push(action);
             match action {
                 RelayAction::Guard => {
                     let answer = self.hold(&mut notices);
-                    self.engine.handle(now, answer);
+                    self.pass(if self.source_has_left() { RelayEvent::SourceGone } else { answer });
                 }
                 RelayAction::ReportDoubt => {
                     let (why, switched) = (self.why(), self.engine.has_switched());
@@ -133,6 +138,28 @@ impl Inner {
             self.far_end.connection = None;
         }
         notices
+    }
+
+    fn pass(&mut self, event: RelayEvent) {
+        let now = self.clock.now();
+        if event == RelayEvent::SourceGone && !self.has(RelayAction::Abandon) {
+            self.why.get_or_insert_with(|| "the guest's source has closed its connection".into());
+        }
+        self.engine.handle(now, event);
+    }
+
+    /// True if the source is gone and may have taken its guest back. A ramwire never does after its COMMIT.
+    fn source_has_left(&self) -> bool {
+        let takes_back = self.engine.has_switched() || !self.source.native;
+        takes_back && !self.breakage.is(Breakage::GiveToGone) && self.source_is_gone()
+    }
+
+    /// True if the source has closed its connection, or it broke. False if that can't be detected.
+    fn source_is_gone(&self) -> bool {
+        let Some(connection) = &self.source.connection else { return false };
+        let mut fds = [PollFd::new(connection, PollFlags::RDHUP)];
+        let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(ended)
     }
 
     /// From here on the source's connection outlives this process, if possible.
@@ -172,7 +199,7 @@ impl Inner {
     }
 
     fn release(&mut self) {
-        (self.source.connection, self.far_end.connection) = (None, None);
+        (self.source.connection, self.far_end.connection, self.told) = (None, None, None);
         let Some(mut guard) = self.guard.take() else { return };
         quietly("releasing the source's connection", || guard.release());
     }
@@ -328,11 +355,32 @@ impl Hub {
 
     /// True if the source has closed its connection, or it broke. False if that can't be detected.
     pub(super) fn source_is_gone(&self) -> bool {
-        let inner = self.lock();
-        let Some(connection) = &inner.source.connection else { return false };
-        let mut fds = [PollFd::new(connection, PollFlags::RDHUP)];
-        let ended = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-        poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(ended)
+        self.lock().source_is_gone()
+    }
+
+    /// The source was told that its guest was taken.
+    pub(super) fn source_is_told(&self, source: Arc<ToSource>) {
+        self.lock().told = Some(source);
+    }
+
+    /// True once the source's host has the answer that its guest was taken. A connection that broke holds no answer any
+    /// more: it proves nothing.
+    pub(super) fn source_knows(&self) -> bool {
+        let told = self.lock().told.clone();
+        told.is_some_and(|source| source.has_heard()) && !self.source_is_gone()
+    }
+
+    /// The far side has ended: while the relay is in doubt after a switch, the source may still get the answer that its
+    /// guest was taken.
+    pub(super) fn await_source(&self) {
+        let over = |inner: &Inner| !(inner.engine.is_in_doubt() && inner.engine.has_switched());
+        while !over(&self.wait(POLL_INTERVAL, over)) {
+            if self.source_knows() {
+                self.post(RelayEvent::SourceKnows);
+            } else if self.source_is_gone() {
+                self.post(RelayEvent::SourceGone);
+            }
+        }
     }
 
     /// See [`RelayControl::cancel`](super::RelayControl::cancel).

@@ -46,7 +46,8 @@ impl SwitchedSource<'_> {
         self.await_decision(RelayAction::GiveAway)
     }
 
-    /// The source's last page is here: returns once the far end has everything.
+    /// The source's last page is here: returns once the far end has everything. A source that goes from here on changes
+    /// nothing for the far end, unless that is in doubt.
     pub(super) fn await_end(&self) -> Result<(), Error> {
         self.await_decision(RelayAction::TellRunning)
     }
@@ -82,9 +83,10 @@ impl SwitchedSource<'_> {
                 Some(why) => return Err(why),
                 None => {}
             }
-            let gone = inner.engine.is_in_doubt();
+            // Until the far end was given the guest, a source that has gone keeps it.
+            let looks = inner.engine.is_in_doubt() || go == RelayAction::GiveAway;
             drop(inner);
-            if gone && self.0.source_is_gone() {
+            if looks && self.0.source_is_gone() {
                 self.0.post(RelayEvent::SourceGone);
             }
         }
@@ -110,7 +112,7 @@ pub(super) fn why_ended(inner: &Inner) -> Option<Error> {
     match () {
         () if inner.has(RelayAction::TellFailed) => failed(format!("the far end did not take it: {why}")),
         () if inner.has(RelayAction::TellNothing) => {
-            failed(format!("the far end was given the guest and fell silent: {why}"))
+            failed(format!("the far end was given the guest, and it is not known whether it has it: {why}"))
         }
         () if inner.has(RelayAction::Part) => failed(format!(
             "the guest runs at the far end, and a connection was lost while pages were missing there: {why}"
@@ -124,7 +126,9 @@ pub(super) struct FarSwitch {
     hub: Arc<Hub>,
     arrivals: Arc<ForwardedPages>,
     owed: Owed,
-    source: Option<ToSource>,
+    source: Option<Arc<ToSource>>,
+    /// The source was told that its guest was taken, and is not known to know.
+    unheard: bool,
     /// When the far end was given the guest, about.
     given: Option<Instant>,
     finish_timeout: Duration,
@@ -144,11 +148,20 @@ impl FarSwitch {
             hub: Arc::clone(hub),
             arrivals: Arc::clone(arrivals),
             owed: Owed::new(table, owed),
-            source,
+            source: source.map(Arc::new),
+            unheard: false,
             given: None,
             finish_timeout,
             silent: false,
         })
+    }
+
+    /// Looks whether the source has the answer that its guest was taken.
+    fn hear(&mut self) {
+        if self.unheard && self.hub.source_knows() {
+            self.unheard = false;
+            self.hub.post(RelayEvent::SourceKnows);
+        }
     }
 }
 
@@ -162,6 +175,7 @@ impl Behind for FarSwitch {
     }
 
     fn came(&mut self) -> Vec<Came> {
+        self.hear();
         let runs = self.arrivals.take_queue();
         runs.into_iter().flat_map(|run| self.owed.came(run)).collect()
     }
@@ -186,15 +200,17 @@ impl Behind for FarSwitch {
             tracing::warn!(error = %Chain(&error), "the source can't be told that its guest was taken");
             return;
         }
+        self.hub.source_is_told(Arc::clone(source));
+        self.unheard = true;
         // Pages that it still has would come no sooner.
         let stop = Stop::never().within(self.finish_timeout);
-        while !source.has_heard() {
-            let over = self.hub.lock().has(RelayAction::Abandon);
+        while self.unheard {
+            self.hear();
+            let over = self.hub.source_is_gone() || self.hub.lock().has(RelayAction::Abandon);
             if over || stop.sleep(HEARD_CHECK_INTERVAL).is_some() || stop.reason().is_some() {
                 return;
             }
         }
-        self.hub.post(RelayEvent::SourceKnows);
     }
 
     fn why_ended(&self) -> Option<Error> {

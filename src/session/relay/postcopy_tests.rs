@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -15,8 +16,8 @@ use crate::observe::SharedStatistics;
 use crate::session::tests::plain;
 use crate::session::tests::qemu_peer::{encoded, page_of_block0, page_of_postcopy, start_with};
 use crate::session::{
-    DestinationConnection, DestinationSettings, Peer, Relay, RelayControl, RelayReport, SourceConnection,
-    SourceSettings,
+    DestinationConnection, DestinationSettings, Notice, Peer, Relay, RelayControl, RelayReport,
+    SourceConnection, SourceSettings,
 };
 use crate::stream::qemu::command::{Command, encode_discards};
 use crate::stream::qemu::file::Configuration;
@@ -24,17 +25,36 @@ use crate::stream::qemu::package::encode_package;
 use crate::stream::qemu::ram;
 use crate::stream::qemu::return_path::Message;
 use crate::stream::qemu::section::{encode_end, encode_eof, encode_footer};
-use crate::sys::CancelToken;
-use crate::transport::InlineLink;
+use crate::sys::{CancelToken, RecvPart, Stop};
+use crate::transport::{ByteSource, ChannelError, InlineLink, ReadHints};
 
 /// Longest wait of any kind; exceeding it is a failure.
 const WAIT: Duration = Duration::from_secs(60);
+
+/// The connection from the source, and whether its silence is allowed.
+struct Hinted(Box<dyn ByteSource>, Arc<AtomicBool>);
+
+impl crate::transport::Sealed for Hinted {}
+
+impl ByteSource for Hinted {
+    fn recv(&mut self, into: &mut [RecvPart<'_>], stop: &Stop) -> Result<usize, ChannelError> {
+        self.0.recv(into, stop)
+    }
+    fn set_hints(&mut self, hints: ReadHints) {
+        self.1.store(hints.may_be_silent, Ordering::Relaxed);
+    }
+    fn descriptor(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        self.0.descriptor()
+    }
+}
 
 struct Running {
     source: UnixStream,
     far: UnixStream,
     control: RelayControl,
     guard: Arc<Mutex<Vec<&'static str>>>,
+    may_be_silent: Arc<AtomicBool>,
+    notices: Arc<Mutex<Vec<Notice>>>,
     relay: JoinHandle<RelayReport>,
 }
 
@@ -62,9 +82,22 @@ fn discards() -> Vec<u8> {
     out
 }
 
+fn wait_until(holds: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + WAIT;
+    while !holds() {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 impl Running {
     /// The source has sent a page, has discarded it, and has switched over.
     fn begin() -> Self {
+        Self::begin_with(true)
+    }
+
+    /// `waits`: the source waits for the answer that its guest was taken.
+    fn begin_with(waits: bool) -> Self {
         let [(source, upstream), (downstream, far)] = [(); 2].map(|()| UnixStream::pair().unwrap());
         let connect = {
             let downstream = downstream.try_clone().unwrap();
@@ -77,9 +110,12 @@ impl Running {
             (DestinationSettings::default(), SourceSettings::new(Configuration::default()));
         incoming.postcopy = true;
         outgoing.peer = Some(Peer::Qemu);
-        let (guard, control) = (Arc::default(), RelayControl::default());
+        let (guard, control, may_be_silent) = (Arc::default(), RelayControl::default(), Arc::default());
+        let stream = Box::new(Hinted(plain(&upstream), Arc::clone(&may_be_silent)));
+        let notices = Arc::<Mutex<Vec<Notice>>>::default();
+        let told = Arc::clone(&notices);
         let relay = Relay {
-            connection: DestinationConnection::of_stream(plain(&upstream), Some(plain(&upstream))),
+            connection: DestinationConnection::of_stream(stream, Some(plain(&upstream))),
             connect: Box::new(connect),
             incoming,
             outgoing,
@@ -88,7 +124,7 @@ impl Running {
             cancel: CancelToken::default(),
             control: control.clone(),
             guard: Some(Box::new(Noting(Arc::clone(&guard), true))),
-            notice: Arc::new(|_| ()),
+            notice: Arc::new(move |notice| told.lock().unwrap().push(notice.clone())),
             statistics: SharedStatistics::default(),
         };
         drop((upstream, downstream));
@@ -98,7 +134,7 @@ impl Running {
         }
         let advise = Command::PostcopyAdvise { host_pages: 4096, target_page: 4096 };
         let mut package = Vec::new();
-        encode_package(b"devices", true, &mut package);
+        encode_package(b"devices", waits, &mut package);
         let size = package.len() as u32;
         let parts = [
             start_with(&[advise]),
@@ -110,14 +146,18 @@ impl Running {
             command(Command::Ping(4)),
         ];
         (&source).write_all(&parts.concat()).unwrap();
-        let mut running = Self { source, far, control, guard, relay };
+        let mut running = Self { source, far, control, guard, may_be_silent, notices, relay };
         running.source_is_told(&[Message::Pong(1), Message::Pong(2)]);
         running
     }
 
     /// The far end has the package, has discarded what is missing, and is given the guest.
     fn given() -> Self {
-        let mut running = Self::begin();
+        Self::given_by(true)
+    }
+
+    fn given_by(waits: bool) -> Self {
+        let mut running = Self::begin_with(waits);
         let mut end = b"devices".to_vec();
         end.extend([command(Command::Ping(3)), command(Command::Ping(0x42))].concat());
         let got = running.far_gets(&end);
@@ -130,7 +170,7 @@ impl Running {
         running.far_says(&[Message::Pong(2)]);
         let run = [command(Command::PostcopyRun), command(Command::Ping(4))].concat();
         assert_eq!(running.far_gets(&run), run);
-        assert_eq!(*running.guard.lock().unwrap(), ["held"]);
+        assert_eq!(*running.guard.lock().unwrap(), if waits { &["held after the switch"][..] } else { &[] });
         running.source_is_told(&[Message::Pong(4)]);
         running
     }
@@ -140,6 +180,7 @@ impl Running {
         let mut running = Self::given();
         running.far_says(&[Message::Pong(3), Message::Pong(0x42)]);
         running.source_is_told(&[Message::Pong(3), Message::Pong(0x42)]);
+        wait_until(|| running.guard.lock().unwrap().contains(&"released"));
         running
     }
 
@@ -174,7 +215,7 @@ impl Running {
         let mut told = Vec::new();
         self.source.read_to_end(&mut told).unwrap();
         assert!(report.switched && report.kept.is_none(), "what is here is older than what was discarded");
-        assert_eq!(*self.guard.lock().unwrap(), ["held", "released"]);
+        assert_eq!(self.guard.lock().unwrap().last(), Some(&"released"));
         (told, report)
     }
 }
@@ -218,7 +259,7 @@ fn p8_a_far_end_that_is_lost_before_it_was_given_the_guest_leaves_it_at_the_sour
     let mut told = Vec::new();
     running.source.read_to_end(&mut told).unwrap();
     assert_eq!(told, [encoded(Message::Shut { status: 1 })].concat());
-    assert!(!running.guard.lock().unwrap().contains(&"held"));
+    assert!(!running.guard.lock().unwrap().iter().any(|call| call.starts_with("held")));
 }
 
 #[test]
@@ -234,11 +275,10 @@ fn p21_a_far_end_that_could_not_load_the_guest_gives_it_back() {
 fn while_it_is_not_known_who_has_the_guest_nothing_is_told_to_the_source() {
     let mut running = Running::given();
     running.far.shutdown(Shutdown::Both).unwrap();
-    let deadline = std::time::Instant::now() + WAIT;
-    while !running.control.is_in_doubt() {
-        assert!(std::time::Instant::now() < deadline);
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(|| running.control.is_in_doubt());
+    // An operator who ended the source would end what the far end misses.
+    let warned = || matches!(running.notices.lock().unwrap()[..], [Notice::InDoubt { switched: true, .. }]);
+    wait_until(warned);
     running.source_sends(&page_of_postcopy("block1", 4096, 9));
     running.source_sends(b"this is no stream");
     running.source.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
@@ -269,4 +309,68 @@ fn a_connection_that_is_lost_after_the_guest_was_taken_leaves_both_ends_as_they_
         (&far).read_to_end(&mut rest).unwrap();
         assert!(!rest.ends_with(&end()), "{lost}: the far end takes it for whole");
     }
+}
+
+/// A source that has gone may have taken its guest back: RUN is not passed on, however ready the far end is.
+#[test]
+fn the_guest_of_a_source_that_has_gone_is_not_given_away() {
+    for waits in [true, false] {
+        let mut running = Running::begin_with(waits);
+        running.far_gets(&[command(Command::Ping(3)), command(Command::Ping(0x42))].concat());
+        running.source.shutdown(Shutdown::Write).unwrap();
+        // The relay may have ended this connection by now.
+        let _ = running.far.write_all(&encoded(Message::Pong(2)));
+        let far = running.far.try_clone().unwrap();
+        let report = running.relay.join().unwrap();
+        assert_eq!(report.ending, RelayEnding::Failed, "waits: {waits}");
+        let mut rest = Vec::new();
+        (&far).read_to_end(&mut rest).unwrap();
+        let run = command(Command::PostcopyRun);
+        assert!(!rest.windows(run.len()).any(|part| part == run), "waits: {waits}");
+    }
+}
+
+/// It may have taken its guest back, and the far end may run it.
+#[test]
+fn a_source_that_waits_and_is_lost_after_run_is_a_doubt() {
+    let running = Running::given();
+    running.source.shutdown(Shutdown::Write).unwrap();
+    let far = running.far.try_clone().unwrap();
+    let (told, report) = running.ended();
+    assert_eq!((told, report.ending), (Vec::new(), RelayEnding::InDoubt));
+    let sent = report.sent.unwrap();
+    assert_eq!(sent.outcome, Outcome::InDoubt);
+    let why = crate::error::Chain(&sent.error.unwrap()).to_string();
+    assert!(why.contains("source has closed its connection") && !why.contains("runs on there"), "{why}");
+    let mut rest = Vec::new();
+    (&far).read_to_end(&mut rest).unwrap();
+    assert!(!rest.ends_with(&end()), "the far end takes it for whole");
+}
+
+/// It may have sent everything, and waits for the answer; once it has that, it has something to send.
+#[test]
+fn a_source_may_be_silent_until_it_knows_that_its_guest_was_taken() {
+    let mut running = Running::given();
+    wait_until(|| running.may_be_silent.load(Ordering::Relaxed));
+    running.far_says(&[Message::Pong(3), Message::Pong(0x42)]);
+    // Also where it sends nothing that would end a read.
+    wait_until(|| !running.may_be_silent.load(Ordering::Relaxed));
+    running.source.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(running.relay.join().unwrap().ending, RelayEnding::Incomplete);
+    // A source that waits for no answer sends on at once.
+    let mut running = Running::given_by(false);
+    running.source_sends(&page_of_postcopy("block1", 4096, 9));
+    running.far_gets(&[9; 4096]);
+    assert!(!running.may_be_silent.load(Ordering::Relaxed));
+    running.source.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(running.relay.join().unwrap().ending, RelayEnding::Incomplete);
+}
+
+/// A QEMU before 10.2 has given its guest away with its package: a failure that it is told would be none.
+#[test]
+fn an_older_source_is_told_nothing_when_the_far_end_is_lost_after_run() {
+    let running = Running::given_by(false);
+    running.far.shutdown(Shutdown::Both).unwrap();
+    let (told, report) = running.ended();
+    assert_eq!((told, report.ending), (Vec::new(), RelayEnding::Incomplete));
 }

@@ -282,6 +282,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::ForgetOwed
         | Breakage::AskNobody
         | Breakage::EndWithoutSource
+        | Breakage::GiveToGone
         | Breakage::ScanBeforeFinish => &[],
         // Of lost connections: `resume`.
         Breakage::TrustUnconfirmed

@@ -20,6 +20,7 @@ use self::plan::{FarKind, Fault, Plan};
 use self::sides::Relay;
 use super::plan::Rng;
 use super::{number_from, spread};
+use crate::engine::RelayAction;
 use crate::session::Breakage;
 
 /// Seeds of an ordinary test run.
@@ -43,6 +44,8 @@ struct World {
     relay: Option<Relay>,
     /// Another process holds the source's connection, and listens to the far end.
     guarded: bool,
+    /// The source has taken its guest back, cut off after the far end was given it: no relay prevents that.
+    taken_back: bool,
     far: Far,
     seen: Vec<&'static str>,
     violations: Vec<String>,
@@ -57,6 +60,7 @@ impl World {
             source: Source::new(&plan),
             relay: Some(Relay::new(breakage)),
             guarded: false,
+            taken_back: false,
             far: Far::new(&plan),
             seen: Vec::new(),
             violations: Vec::new(),
@@ -92,7 +96,7 @@ impl World {
             if now % 64 == 0 {
                 self.operator_looks();
             }
-            let twice = self.source.runs && self.far.runs;
+            let twice = self.source.runs && self.far.runs && !self.taken_back;
             self.must(!twice, "the guest runs twice");
         }
         self.check();
@@ -129,6 +133,22 @@ impl World {
                 self.saw("source killed");
                 self.source.dies();
             }
+            Some(Fault::SourceCut) => self.source_is_cut(),
+        }
+    }
+
+    fn source_is_cut(&mut self) {
+        self.saw("source cut off");
+        let ran = self.source.runs;
+        self.source.is_cut();
+        let given = self.relay.as_ref().is_some_and(|relay| relay.has(RelayAction::GiveAway));
+        let back = self.source.runs && !ran;
+        self.taken_back = given && back;
+        if given && back && self.source.post.switched {
+            self.saw("source took its guest back from postcopy");
+        }
+        if back && !given {
+            self.saw("source went before its guest was given away");
         }
     }
 
@@ -208,7 +228,14 @@ impl World {
             self.saw("in doubt to the end");
             let known = there || self.far.is_dead() || self.far.post.is_stuck();
             self.must(known, "in doubt although the far end has neither answered nor died");
+            let heard = self.relay.is_some() && self.source.post.taken;
+            self.must(!heard, "in doubt although the source knows that its guest was taken");
         }
+        let each_keeps = self.relay.as_ref().is_some_and(Relay::is_incomplete);
+        self.must(
+            !(self.taken_back && each_keeps),
+            "a source that took its guest back is taken for one that waits",
+        );
         if self.plan.fault.is_none() && !self.plan.far_refuses {
             self.must(there, "nothing was wrong and the guest did not move");
             let whole = !self.far.post.switched || self.far.post.complete && self.source.is_gone();
@@ -276,6 +303,8 @@ fn simulated_relays_give_the_guest_to_one_side() {
         "the ends were left to each other",
         "connection lost in postcopy",
         "taken told by the guard",
+        "source went before its guest was given away",
+        "source took its guest back from postcopy",
     ] {
         assert!(seeds < SEEDS || reached.contains_key(what), "never reached: {what}");
     }
@@ -295,6 +324,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::LossIsFailure => &["told of a failure while the guest runs"],
         Breakage::ForgetOwed => &["a page that is older"],
         Breakage::AskNobody => &["waits for a page that nobody was asked for"],
+        Breakage::GiveToGone => &["runs twice"],
         Breakage::EndWithoutSource => &["ended while pages were missing"],
         _ => &[],
     }

@@ -81,10 +81,22 @@ impl Source {
         (self.dead, self.runs, self.closed) = (true, false, true);
     }
 
+    /// Its connection breaks. What it has sent still arrives, what it was told does not.
+    pub(super) fn is_cut(&mut self) {
+        if !self.closed {
+            self.post.answer_lost();
+            self.loses();
+        }
+    }
+
     /// From its view the migration has failed.
     fn fails(&mut self) {
-        self.closed = true;
         self.wire.clear();
+        self.loses();
+    }
+
+    fn loses(&mut self) {
+        self.closed = true;
         if self.post.switched {
             // Without the answer that the guest was taken a QEMU from 10.2 on takes it back; a ramwire is in doubt.
             let resumes = self.kind == SourceKind::Qemu && !self.post.old && !self.post.taken;

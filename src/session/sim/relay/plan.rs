@@ -28,6 +28,8 @@ pub(super) enum Fault {
     /// Its connection breaks after it was given the guest; it lives.
     FarCut,
     SourceDies,
+    /// Its connection breaks; it lives, and what it has sent still arrives.
+    SourceCut,
     Cancel,
 }
 
@@ -91,7 +93,14 @@ impl Plan {
             answer_takes: 1,
             loads: 0,
         };
-        plan.or_postcopy(&mut rng)
+        plan.or_postcopy(&mut rng).or_cut(&mut rng)
+    }
+
+    fn or_cut(mut self, rng: &mut Rng) -> Self {
+        if self.fault == Some(Fault::SourceDies) && rng.one_in(2) {
+            self.fault = Some(Fault::SourceCut);
+        }
+        self
     }
 
     fn or_postcopy(mut self, rng: &mut Rng) -> Self {

@@ -200,7 +200,8 @@ impl World {
 
     /// True if nothing more is read from the source.
     pub(super) fn near_is_over(&mut self, relay: &mut Relay) -> bool {
-        if relay.is_in_doubt() && self.source.is_gone() {
+        let awaits_giving = relay.near == Near::AwaitsGiving && relay.breakage != Breakage::GiveToGone;
+        if (awaits_giving || relay.is_in_doubt()) && self.source.is_gone() {
             relay.hub.post(RelayEvent::SourceGone);
         }
         if relay.has(RelayAction::TellFailed) {
@@ -246,6 +247,14 @@ impl World {
         }
     }
 
+    /// The relay looks whether the source has the answer that its guest was taken.
+    pub(super) fn source_hears(&mut self, relay: &mut Relay) {
+        if relay.post.told_taken && !relay.post.source_knows && self.source.post.taken {
+            relay.post.source_knows = true;
+            relay.hub.post(RelayEvent::SourceKnows);
+        }
+    }
+
     fn fill(&mut self, relay: &mut Relay, until: u64) {
         if std::mem::take(&mut self.far.post.took) {
             relay.hub.post(RelayEvent::FarTook);
@@ -255,10 +264,7 @@ impl World {
             self.tell_taken();
             return;
         }
-        if relay.post.told_taken && !relay.post.source_knows && self.source.post.taken {
-            relay.post.source_knows = true;
-            relay.hub.post(RelayEvent::SourceKnows);
-        }
+        self.source_hears(relay);
         match self.far.answer() {
             Some(true) => return self.far_side_ends(relay, FarEnd::Runs),
             Some(false) => return self.far_side_ends(relay, FarEnd::DoesNotRun),

@@ -12,7 +12,7 @@ use super::ends::Item;
 use super::plan::FarKind;
 use super::postcopy::RelayPost;
 use super::{MAX_AHEAD, PAGES, World};
-use crate::engine::{FarEnd, Handover, RelayAction, RelayEvent, Traffic};
+use crate::engine::{FarEnd, Handover, RelayAction, RelayEnding, RelayEvent, Traffic};
 use crate::guest::DirtySource;
 use crate::ram::{BlockName, PageBitmap, PageRun, RamBlock, RamBlockTable};
 use crate::session::relay::forward::ForwardedPages;
@@ -93,6 +93,8 @@ pub(super) struct Relay {
     pub(super) post: RelayPost,
     pub(super) near: Near,
     pub(super) far_side: FarSide,
+    /// The source's end of the connection; `None`: it has gone.
+    source: Option<UnixStream>,
     came: u64,
     pub(super) left: u64,
 }
@@ -102,6 +104,7 @@ impl Relay {
         let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES as u64 * 4096);
         let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
         let (hub, clock, held) = (Arc::new(Hub::default()), Arc::new(AtomicU64::new(0)), Arc::default());
+        let (source, ours) = UnixStream::pair().unwrap();
         let guard = (breakage != Breakage::LeaveUnguarded).then(|| Box::new(Holding(Arc::clone(&held))) as _);
         hub.begin(Parts {
             downtime_limit: Duration::from_millis(300),
@@ -110,7 +113,7 @@ impl Relay {
             notice: Arc::new(|_| ()),
             // No thread reports anything here.
             spawner: Spawner::new(|_, _| Err(io::Error::other("none here"))),
-            source: UnixStream::pair().ok().map(|(source, _)| OwnedFd::from(source)),
+            source: Some(OwnedFd::from(ours)),
         });
         hub.count_time_by(Box::new(Steps(Arc::clone(&clock))));
         hub.break_order(breakage);
@@ -126,6 +129,7 @@ impl Relay {
             post: RelayPost::default(),
             near: Near::Reading,
             far_side: FarSide::Live,
+            source: Some(source),
             came: 0,
             left: 0,
         }
@@ -141,6 +145,19 @@ impl Relay {
 
     pub(super) fn is_given_away(&self) -> bool {
         self.hub.lock().engine.is_given_away()
+    }
+
+    /// Each end is said to keep what it has for the other.
+    pub(super) fn is_incomplete(&self) -> bool {
+        self.hub.lock().engine.ending() == RelayEnding::Incomplete
+    }
+
+    /// The time, and what the kernel says of the source's connection.
+    fn begins_step(&mut self, now: u64, source_is_gone: bool) {
+        self.clock.store(now, Ordering::Relaxed);
+        if source_is_gone {
+            self.source = None;
+        }
     }
 
     /// False: it is too late.
@@ -190,7 +207,7 @@ impl Relay {
 impl World {
     pub(super) fn near_steps(&mut self) {
         let Some(mut relay) = self.relay.take() else { return };
-        relay.clock.store(self.now, Ordering::Relaxed);
+        relay.begins_step(self.now, self.source.is_gone());
         self.near(&mut relay);
         if relay.is_in_doubt() {
             self.saw("in doubt");
@@ -299,7 +316,7 @@ impl World {
 
     pub(super) fn far_side_steps(&mut self) {
         let Some(mut relay) = self.relay.take() else { return };
-        relay.clock.store(self.now, Ordering::Relaxed);
+        relay.begins_step(self.now, self.source.is_gone());
         self.far_side(&mut relay);
         self.relay = Some(relay);
     }
@@ -371,7 +388,8 @@ impl World {
                     self.saw("late answer");
                 }
             }
-            FarSide::State | FarSide::AwaitsReady | FarSide::AwaitsGuest | FarSide::Ended => {}
+            FarSide::Ended => self.source_hears(relay),
+            FarSide::State | FarSide::AwaitsReady | FarSide::AwaitsGuest => {}
         }
     }
 
