@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::super::findings::{Findings, finds_each, survey};
 use super::super::plan::Rng;
-use super::super::{number_from, spread};
 use super::guest::{Guest, Page};
 use super::plan::{Fault, Plan};
 use super::world::{World, pages_of};
@@ -44,8 +44,7 @@ struct Series {
     files: Vec<File>,
     /// The number of the file that lies under a name.
     folder: BTreeMap<String, usize>,
-    violations: Vec<String>,
-    seen: BTreeSet<&'static str>,
+    findings: Findings,
 }
 
 impl Series {
@@ -60,8 +59,7 @@ impl Series {
             base: None,
             files: Vec::new(),
             folder: BTreeMap::new(),
-            violations: Vec::new(),
-            seen: BTreeSet::new(),
+            findings: Findings::default(),
         };
         for number in 0..2 + this.rng.below(5) {
             for _ in 0..this.rng.below_one_of(&[1, 5, 40]) {
@@ -73,12 +71,6 @@ impl Series {
         let swapped = this.swap();
         this.read_all(swapped);
         this
-    }
-
-    fn must(&mut self, holds: bool, what: &str) {
-        if !holds {
-            self.violations.push(what.to_owned());
-        }
     }
 
     /// Takes a snapshot; returns the guest, which runs on.
@@ -95,8 +87,7 @@ impl Series {
         let mut world = World::new(plan, rng, guest, changes, self.broken.taking);
         world.run();
         let taken = world.outcome == Some(SnapshotOutcome::Taken);
-        self.seen.extend(&world.seen);
-        self.violations.extend(std::mem::take(&mut world.violations));
+        self.findings.join(std::mem::take(&mut world.findings));
         let note =
             SnapshotNote { id: SnapshotId([number; 16]), base: base.as_ref().map(|base| base.note.clone()) };
         if taken {
@@ -109,13 +100,13 @@ impl Series {
                 Some(Base { note, changed: PageSet::new(&self.plan.table()), moment_at })
             }
             (NextBase::Same(changed), Some(base)) => {
-                self.seen.insert("a failed one leaves its base");
+                self.findings.saw("a failed one leaves its base");
                 Some(Base { changed, ..base })
             }
             _ => None,
         };
         if self.base.is_none() {
-            self.seen.insert("no base is left");
+            self.findings.saw("no base is left");
             guest.log.stop(&self.plan);
         }
         guest
@@ -131,14 +122,14 @@ impl Series {
             }
         }
         if let Some(base) = base {
-            self.seen.insert("one with a base is taken");
+            self.findings.saw("one with a base is taken");
             let mut changed = PageSet::new(&self.plan.table());
             for page in &world.guest.writes[base.moment_at..world.moment_at] {
                 changed.add(self.plan.host_page(page.0, page.1));
             }
             let changed: BTreeSet<Page> = changed.runs().flat_map(pages_of).collect();
             let only = world.written.keys().all(|page| changed.contains(page));
-            self.must(only, "a page that has not changed since is written");
+            self.findings.must(only, "a page that has not changed since is written");
         }
         self.folder.insert(number.to_string(), self.files.len());
         let (values, moment) = (world.written.clone(), world.moment.clone());
@@ -178,11 +169,11 @@ impl Series {
             match self.read(file) {
                 Ok(memory) => {
                     let same = memory == file.moment;
-                    self.must(same, "a file does not hold its moment");
+                    self.findings.must(same, "a file does not hold its moment");
                 }
                 Err(error) => {
-                    self.seen.insert("another base is refused");
-                    self.must(swapped, &format!("a whole chain is refused: {error}"));
+                    self.findings.saw("another base is refused");
+                    self.findings.must(swapped, &format!("a whole chain is refused: {error}"));
                 }
             }
         }
@@ -211,22 +202,6 @@ impl Series {
 
 #[test]
 fn each_snapshot_of_a_series_holds_its_moment_whatever_became_of_the_others() {
-    if let Some(seed) = number_from("RAMWIRE_SIM_SEED") {
-        let series = Series::run(seed, Broken::default());
-        println!("{:#?}\n{:?}", series.plan, series.seen);
-        assert!(series.violations.is_empty(), "{:#?}", series.violations);
-        return;
-    }
-    let seeds = number_from("RAMWIRE_SIM_SEEDS").unwrap_or(SEEDS);
-    let runs = spread(0..seeds, |seed| {
-        let series = Series::run(seed, Broken::default());
-        (seed, series.seen, series.violations)
-    });
-    let mut coverage: BTreeMap<&str, u64> = BTreeMap::new();
-    runs.iter().flat_map(|(_, seen, _)| seen).for_each(|what| *coverage.entry(what).or_default() += 1);
-    println!("of {seeds} seeds: {coverage:#?}");
-    let broken: Vec<_> = runs.iter().filter(|(_, _, violations)| !violations.is_empty()).take(5).collect();
-    assert!(broken.is_empty(), "replay a seed with RAMWIRE_SIM_SEED: {broken:#?}");
     let all = [
         "one with a base is taken",
         "a failed one leaves its base",
@@ -234,8 +209,8 @@ fn each_snapshot_of_a_series_holds_its_moment_whatever_became_of_the_others() {
         "a log is lost",
         "another base is refused",
     ];
-    let missing: Vec<_> = all.iter().filter(|what| !coverage.contains_key(**what)).collect();
-    assert!(seeds < SEEDS || missing.is_empty(), "never reached: {missing:?}");
+    let describe = |series: &Series| format!("{:#?}", series.plan);
+    survey(SEEDS, |seed| Series::run(seed, Broken::default()), |series| series.findings, describe, &all);
 }
 
 #[test]
@@ -249,11 +224,7 @@ fn each_order_of_a_series_is_needed() {
     let taking = taking.map(|taking| Broken { taking, ..Broken::default() });
     let reading = [ChainBreakage::TakeAnyBase, ChainBreakage::ReadOldest];
     let reading = reading.map(|reading| Broken { reading, ..Broken::default() });
-    for broken in taking.into_iter().chain(reading) {
-        let symptom = "a file does not hold its moment";
-        let sees = |seed: &u64| Series::run(*seed, broken).violations.iter().any(|what| what == symptom);
-        let found = (0..MUTANT_SEEDS).find(sees);
-        println!("{broken:?}: found by seed {found:?}");
-        assert!(found.is_some(), "no seed below {MUTANT_SEEDS} finds {broken:?}");
-    }
+    let orders =
+        taking.into_iter().chain(reading).map(|broken| (broken, ["a file does not hold its moment"]));
+    finds_each(MUTANT_SEEDS, orders, |seed, broken| Series::run(seed, broken).findings.violations());
 }

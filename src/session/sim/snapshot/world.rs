@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::super::findings::Findings;
 use super::super::plan::Rng;
 use super::guest::{Guest, Page};
 use super::plan::{Fault, Plan, STEP};
@@ -57,8 +58,7 @@ pub(super) struct World {
     lost: bool,
     closed: bool,
     pub(super) outcome: Option<SnapshotOutcome>,
-    pub(super) violations: Vec<String>,
-    pub(super) seen: Vec<&'static str>,
+    pub(super) findings: Findings,
 }
 
 impl World {
@@ -94,21 +94,8 @@ impl World {
             lost: false,
             closed: false,
             outcome: None,
-            violations: Vec::new(),
-            seen: Vec::new(),
+            findings: Findings::default(),
             plan,
-        }
-    }
-
-    fn must(&mut self, holds: bool, what: &str) {
-        if !holds && !self.violations.iter().any(|known| known == what) {
-            self.violations.push(what.to_owned());
-        }
-    }
-
-    fn saw(&mut self, what: &'static str) {
-        if !self.seen.contains(&what) {
-            self.seen.push(what);
         }
     }
 
@@ -128,7 +115,7 @@ impl World {
                 _ => self.engine_steps(),
             }
             if self.engine.wake_at().is_some_and(|at| STEP * self.now as u32 >= at) {
-                self.saw("stalled");
+                self.findings.saw("stalled");
                 self.tell(SnapshotEvent::Time);
             }
         }
@@ -143,7 +130,7 @@ impl World {
             }
             Fault::Cancel(at) if at == self.now => {
                 if self.engine.is_closing() {
-                    self.saw("cancel too late");
+                    self.findings.saw("cancel too late");
                 }
                 self.tell(SnapshotEvent::Cancel);
             }
@@ -167,7 +154,7 @@ impl World {
         }
         let (page, value) = self.guest.draw(&mut self.rng);
         if self.protected.get(&page) == Some(&true) {
-            self.saw("a writer waits");
+            self.findings.saw("a writer waits");
             self.waiting[writer] = Some((page, value));
             let fault = SnapshotEvent::Fault(self.plan.host_page(page.0, page.1));
             return self.tell(fault);
@@ -200,7 +187,7 @@ impl World {
     fn arrive(&mut self, pages: Vec<(Page, u64)>) {
         for (page, value) in pages {
             let before = self.written.insert(page, value);
-            self.must(before.is_none(), "a page was written twice");
+            self.findings.must(before.is_none(), "a page was written twice");
         }
     }
 
@@ -216,10 +203,10 @@ impl World {
         };
         let waits = self.waiting.iter().any(Option::is_some);
         match call {
-            _ if fails => self.saw("a callback failed"),
+            _ if fails => self.findings.saw("a callback failed"),
             // A thread that waits for a page either gives up, and writes when it runs again, or is waited for.
             Call::Pause if over && waits && self.rng.one_in(2) => {
-                self.saw("a writer gives up");
+                self.findings.saw("a writer gives up");
                 self.waiting.iter_mut().for_each(|waiting| *waiting = None);
                 self.runs = false;
             }
@@ -245,7 +232,7 @@ impl World {
     fn calls(&mut self, call: Call) {
         let at = self.now + self.rng.below(self.plan.call_takes + 1);
         let alone = self.calling.replace((call, at)).is_none();
-        self.must(alone, "a callback is called while another one is under way");
+        self.findings.must(alone, "a callback is called while another one is under way");
     }
 
     fn engine_steps(&mut self) {
@@ -268,7 +255,7 @@ impl World {
         if self.plan.fault == Fault::Action(self.actions)
             && !matches!(action, SnapshotAction::Disarm | SnapshotAction::Finish(_))
         {
-            self.saw("an action failed");
+            self.findings.saw("an action failed");
             return self.tell(SnapshotEvent::Failed);
         }
         self.perform(action);
@@ -286,7 +273,7 @@ impl World {
             SnapshotAction::Protect { run } => {
                 for page in pages_of(run) {
                     if self.protected.insert(page, true) == Some(false) && !self.moment.is_empty() {
-                        self.saw("protected again");
+                        self.findings.saw("protected again");
                     }
                 }
             }
@@ -295,7 +282,7 @@ impl World {
             }
             SnapshotAction::Lift { run } => {
                 if self.moment.is_empty() {
-                    self.saw("a writer is let through before the moment");
+                    self.findings.saw("a writer is let through before the moment");
                 }
                 self.lift(pages_of(run));
             }
@@ -329,7 +316,7 @@ impl World {
             self.log_reads += 1;
             let fresh = self.guest.log.read(&self.plan);
             if self.plan.fault == Fault::Log(self.log_reads) {
-                self.saw("a log is lost");
+                self.findings.saw("a log is lost");
                 self.changes.lost();
                 return None;
             }
@@ -352,28 +339,28 @@ impl World {
     /// What must hold after any run.
     fn check(&mut self) {
         let Some(outcome) = self.outcome else {
-            return self.must(false, "it does not end");
+            return self.findings.must(false, "it does not end");
         };
         let stuck = self.waiting.iter().any(Option::is_some) || self.protected.values().any(|on| *on);
-        self.must(!stuck, "protection is left on");
-        self.must(self.closed == (outcome == SnapshotOutcome::Taken), "a failed snapshot is whole");
+        self.findings.must(!stuck, "protection is left on");
+        self.findings.must(self.closed == (outcome == SnapshotOutcome::Taken), "a failed snapshot is whole");
         let could_run = !matches!(self.plan.fault, Fault::Resume(_) | Fault::Action(_));
-        self.must(self.runs || !could_run, "the guest does not run on");
+        self.findings.must(self.runs || !could_run, "the guest does not run on");
         if outcome == SnapshotOutcome::Taken {
-            self.saw("taken");
-            self.must(self.runs, "taken, and the guest does not run");
+            self.findings.saw("taken");
+            self.findings.must(self.runs, "taken, and the guest does not run");
             // Of one with a base the pages that are not in it are as they were.
             let changes_only = self.changes.has_base();
             let same = changes_only
                 || self.moment.iter().all(|(page, value)| self.written.get(page).unwrap_or(&0) == value);
-            self.must(same, "it is not of one moment");
+            self.findings.must(same, "it is not of one moment");
         }
         if self.plan.fault == Fault::None {
-            self.must(outcome == SnapshotOutcome::Taken, "nothing was wrong and it was not taken");
+            self.findings.must(outcome == SnapshotOutcome::Taken, "nothing was wrong and it was not taken");
         }
         match outcome {
-            SnapshotOutcome::Cancelled => self.saw("cancelled"),
-            SnapshotOutcome::Failed => self.saw("failed"),
+            SnapshotOutcome::Cancelled => self.findings.saw("cancelled"),
+            SnapshotOutcome::Failed => self.findings.saw("failed"),
             SnapshotOutcome::Taken => {}
         }
     }

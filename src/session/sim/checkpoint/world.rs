@@ -1,0 +1,170 @@
+//! Both sides, the connection between them, faults, and what must hold at the end.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::super::findings::Findings;
+use super::super::plan::Rng;
+use super::plan::{Answer, Fault, LIFE, Page, Plan, STEPS, Sent};
+use super::source::Source;
+use super::standby::Standby;
+use crate::engine::{
+    CheckpointBreakage, CheckpointEvent, CheckpointOutcome, StandbyAction, StandbyEnding, StandbyEvent,
+};
+
+pub(super) struct World {
+    pub(super) plan: Plan,
+    pub(super) rng: Rng,
+    pub(super) now: u64,
+    pub(super) source: Source,
+    pub(super) standby: Standby,
+    pub(super) forward: VecDeque<Sent>,
+    pub(super) back: VecDeque<Answer>,
+    pub(super) is_connected: bool,
+    pub(super) is_hole: bool,
+    /// What each checkpoint is of: memory and device state when the guest was paused for it.
+    pub(super) moments: BTreeMap<u64, (BTreeMap<Page, u64>, u64)>,
+    pub(super) findings: Findings,
+}
+
+impl World {
+    pub(super) fn new(seed: u64, breakage: CheckpointBreakage) -> Self {
+        let mut rng = Rng::new(seed ^ 0xc4ec);
+        let plan = Plan::of(&mut rng);
+        let pages = plan
+            .blocks
+            .iter()
+            .enumerate()
+            .flat_map(|(block, pages)| (0..*pages).map(move |page| (block, page)));
+        let memory = pages.map(|page| (page, if rng.one_in(3) { 0 } else { rng.next() | 1 })).collect();
+        let source = Source::new(&plan, memory, breakage);
+        let standby = Standby::new(&plan, breakage);
+        Self {
+            plan,
+            rng,
+            now: 0,
+            source,
+            standby,
+            forward: VecDeque::new(),
+            back: VecDeque::new(),
+            is_connected: true,
+            is_hole: false,
+            moments: BTreeMap::new(),
+            findings: Findings::default(),
+        }
+    }
+
+    pub(super) fn run(&mut self) {
+        self.tell(CheckpointEvent::Begin);
+        self.answer(StandbyEvent::Begin);
+        while self.now < STEPS && !self.is_over() {
+            self.now += 1;
+            self.fault();
+            match self.rng.below(5) {
+                0 => self.guest_steps(),
+                1 | 2 if self.source.lives => self.source_steps(),
+                3 | 4 if self.standby.lives => self.standby_steps(),
+                _ => {}
+            }
+            let is_false = matches!(self.plan.fault, Fault::FalseDeath(_));
+            self.findings
+                .must(is_false || !(self.source.runs && self.standby.runs), "both sides run the guest");
+        }
+        self.check();
+    }
+
+    fn is_over(&self) -> bool {
+        let source = !self.source.lives || self.source.outcome.is_some();
+        source && (!self.standby.lives || self.standby.ending.is_some())
+    }
+
+    /// A part of what is on its way may be lost.
+    fn cut(&mut self) {
+        self.is_connected = false;
+        let (forward, back) = (self.forward.len() as u64, self.back.len() as u64);
+        self.forward.truncate(self.rng.below(forward + 1) as usize);
+        self.back.truncate(self.rng.below(back + 1) as usize);
+    }
+
+    fn fault(&mut self) {
+        let now = self.now;
+        if self.source.lives && self.rng.one_in(self.plan.demands_every) {
+            self.tell_beside(CheckpointEvent::Demand);
+        }
+        match self.plan.fault {
+            Fault::KillSource(at, _) if at == now => {
+                (self.source.lives, self.source.runs) = (false, false);
+                self.cut();
+            }
+            Fault::KillSource(at, after) if at + after + 1 == now => self.activate(),
+            Fault::KillStandby(at) if at == now => {
+                (self.standby.lives, self.standby.runs) = (false, false);
+                self.cut();
+            }
+            Fault::Cut(at) if at == now => self.cut(),
+            Fault::Hole(at) if at == now => self.is_hole = true,
+            Fault::FalseDeath(at) if at == now => self.activate(),
+            Fault::Ended(at) if at == now => self.tell_beside(CheckpointEvent::Stop),
+            Fault::Ended(_) if self.standby.was_released => self.activate(),
+            _ => {}
+        }
+        if now == LIFE {
+            self.tell_beside(CheckpointEvent::Stop);
+        }
+        // In the end the embedder knows that the source has not died.
+        if now > LIFE && self.source.outcome.is_some() && !self.source.runs_elsewhere() {
+            self.standby.engine.handle(StandbyEvent::Discard);
+        }
+    }
+
+    fn activate(&mut self) {
+        if matches!(self.standby.doing, Some(StandbyAction::Apply(_))) {
+            self.findings.saw("activated while a checkpoint is applied");
+        }
+        self.standby.engine.handle(StandbyEvent::Activate);
+        if self.standby.engine.last() == 0 {
+            self.findings.saw("activated before the first checkpoint");
+        }
+    }
+
+    /// What must hold after any run.
+    fn check(&mut self) {
+        if self.source.lives {
+            match self.source.outcome {
+                None => self.findings.must(false, "the source does not end"),
+                Some(CheckpointOutcome::Taken) => {
+                    self.findings.must(!self.source.runs, "a guest that was taken runs")
+                }
+                Some(outcome) => {
+                    self.findings.must(self.source.runs, "the guest does not run on");
+                    self.findings.saw(if outcome == CheckpointOutcome::Stopped {
+                        "stopped"
+                    } else {
+                        "unprotected"
+                    });
+                }
+            }
+        }
+        if self.standby.lives {
+            match self.standby.ending {
+                None => self.findings.must(false, "the standby does not end"),
+                Some(StandbyEnding::Released) => self.findings.saw("released"),
+                Some(StandbyEnding::Nothing) => {
+                    let safe = self.source.safe;
+                    self.findings.must(safe == 0, "a checkpoint that was safe is lost");
+                }
+                Some(_) => {}
+            }
+        }
+        if matches!(self.plan.fault, Fault::FalseDeath(_)) {
+            self.findings.must(!(self.source.runs && self.standby.runs), "a guest that was taken runs");
+        }
+        if self.plan.fault == Fault::None {
+            let stopped = self.source.outcome == Some(CheckpointOutcome::Stopped);
+            self.findings
+                .must(stopped && self.source.safe > 0, "nothing was wrong and nothing was protected");
+        }
+        if matches!(self.plan.fault, Fault::KillSource(..)) && self.source.safe > 0 {
+            self.findings.must(self.standby.runs, "the guest runs nowhere");
+        }
+    }
+}
