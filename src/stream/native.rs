@@ -18,6 +18,9 @@
 //! MEMORY_CHECK
 //! ```
 //!
+//! A source whose memory was passed ahead of the stream says so in HELLO, and goes on only if the answer says that the
+//! destination has it.
+//!
 //! With fingerprints in HELLO, FINGERPRINTS* follow each round, and the last ones the device state; MEMORY_CHECK follows
 //! RUNNING.
 //!
@@ -139,6 +142,8 @@ pub struct Hello {
     pub fingerprints: bool,
     /// Pages of a postcopy that nobody waits for come on the page channels.
     pub spread: bool,
+    /// All memory was passed ahead of the stream: the source gave it, the destination has it.
+    pub has_memory: bool,
     /// A lost connection may be followed by another, on which the other end proves by this that it is the same.
     pub secret: Option<[u8; 16]>,
 }
@@ -155,6 +160,7 @@ impl Hello {
             passes: false,
             fingerprints: false,
             spread: false,
+            has_memory: false,
             secret: None,
         }
     }
@@ -167,8 +173,15 @@ impl Hello {
 
     fn encode(&self, writer: &mut Writer<'_>) {
         writer.be16(self.min_version).be16(self.max_version).bytes(&self.migration_id);
-        let flags =
-            [self.digest, self.urgent, self.passes, self.fingerprints, self.spread, self.secret.is_some()];
+        let flags = [
+            self.digest,
+            self.urgent,
+            self.passes,
+            self.fingerprints,
+            self.spread,
+            self.secret.is_some(),
+            self.has_memory,
+        ];
         writer.u8(flags.iter().rev().fold(0, |bits, flag| bits << 1 | u8::from(*flag)));
         writer.bytes(self.secret.as_ref().map_or(&[][..], |secret| secret.as_slice()));
     }
@@ -176,8 +189,8 @@ impl Hello {
     fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let (min_version, max_version, migration_id) = (reader.be16()?, reader.be16()?, reader.array()?);
         let flags = reader.u8()?;
-        let [digest, urgent, passes, fingerprints, spread, resumes] =
-            [1, 2, 4, 8, 16, 32].map(|bit| flags & bit != 0);
+        let [digest, urgent, passes, fingerprints, spread, resumes, has_memory] =
+            [1, 2, 4, 8, 16, 32, 64].map(|bit| flags & bit != 0);
         let secret = if resumes { Some(reader.array()?) } else { None };
         Ok(Self {
             min_version,
@@ -188,6 +201,7 @@ impl Hello {
             passes,
             fingerprints,
             spread,
+            has_memory,
             secret,
         })
     }

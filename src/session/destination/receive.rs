@@ -267,8 +267,16 @@ impl DestinationSession {
                     });
                 }
                 let passes = theirs.passes && self.takes_memory();
+                let has_memory = theirs.has_memory && self.reported.passed_ahead;
                 let secret = self.agree_on_resumption(&Hello { passes, ..theirs });
-                let answer = Hello { min_version: version, max_version: version, passes, secret, ..theirs };
+                let answer = Hello {
+                    min_version: version,
+                    max_version: version,
+                    passes,
+                    has_memory,
+                    secret,
+                    ..theirs
+                };
                 self.reported.migration_id = Some(theirs.migration_id);
                 (self.reported.passes, self.reported.spread) = (passes, theirs.spread);
                 self.send_message(Message::Native(Answer::Hello(answer)))?;

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use crate::error::Remedy;
 use crate::guest::GuestMemory;
 use crate::observe::PassedMemory as Figures;
 use crate::ram::{BlockName, RamBlock};
@@ -52,11 +53,26 @@ impl SourceSession {
             && self.wire.link.sink().carries_descriptors()
     }
 
+    /// Said in HELLO.
+    pub(super) fn has_passed_ahead(&self) -> bool {
+        self.departure.passed.ahead
+    }
+
     pub(super) fn refuse_passing(&self) -> Result<(), Error> {
-        let passes = self.settings.pass_memory || self.departure.passed.ahead;
-        match passes && self.settings.postcopy.is_some() {
-            true => Err(no_postcopy()),
-            false => Ok(()),
+        let ahead = self.departure.passed.ahead;
+        match () {
+            () if (ahead || self.settings.pass_memory) && self.settings.postcopy.is_some() => {
+                Err(no_postcopy())
+            }
+            // What takes the stream may be a file, and the memory is not in it.
+            () if ahead && self.wire.back.is_none() => Err(Error::Config {
+                what:
+                    "memory was passed ahead, and the connection carries no answers: nobody there could say \
+                    that it has the memory"
+                        .into(),
+                remedy: Remedy::Advice("use a socket on which the process answers that has the memory"),
+            }),
+            () => Ok(()),
         }
     }
 
@@ -116,6 +132,17 @@ impl SourceSession {
             self.guest.memory = memory;
             self.pages.mark_all_unsent();
         }
+    }
+}
+
+/// The destination is a ramwire to which nobody has passed the memory.
+pub(super) fn not_its_memory() -> Error {
+    Error::Config {
+        what: "the guest's memory was passed ahead of the migration, and the destination says that it has none of it"
+            .into(),
+        remedy: Remedy::Advice(
+            "pass the memory to the process that takes the migration, or migrate without passing it",
+        ),
     }
 }
 

@@ -21,6 +21,7 @@ use crate::sys::Stop;
 use crate::units::{GuestAddr, PageSize};
 
 use super::SourceSession;
+use super::passing::not_its_memory;
 use super::peer::refuse_verdict;
 use super::return_path::{PeerMessage, check_deadline};
 use crate::session::config::Verify;
@@ -211,11 +212,13 @@ impl SourceSession {
         let verify = self.settings.verify;
         let (digest, fingerprints) = (verify == Verify::Full, verify == Verify::Fast);
         let (spread, secret) = (self.spreads(), self.resumption_secret());
+        let has_memory = self.has_passed_ahead();
         let ours = Hello {
             urgent,
             passes,
             fingerprints,
             spread,
+            has_memory,
             secret,
             ..Hello::ours(self.settings.migration_id, digest)
         };
@@ -247,6 +250,8 @@ impl SourceSession {
                 what: "postcopy was asked for with page channels, and the destination is an older ramwire".into(),
                 remedy: Remedy::Advice("leave the page channels out, or take the same version at both ends"),
             }),
+            // Else it would start the guest in memory of its own, which is empty.
+            PeerMessage::Hello(theirs) if theirs.has_memory != has_memory => Err(not_its_memory()),
             PeerMessage::Hello(theirs) if theirs.passes && !passes => {
                 Err(Error::PeerFailed { why: "it takes memory that was not offered".into() })
             }

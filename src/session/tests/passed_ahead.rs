@@ -55,6 +55,11 @@ struct Moved {
 }
 
 fn moves(from: &Arc<MappedGuest>, passed: Vec<PassedBlock>, vmm: Vmm) -> Moved {
+    moves_to(from, Some(passed), vmm)
+}
+
+/// To a destination that has `passed`, or to one that was passed nothing.
+fn moves_to(from: &Arc<MappedGuest>, passed: Option<Vec<PassedBlock>>, vmm: Vmm) -> Moved {
     let (near, far) = UnixStream::pair().unwrap();
     let source = Machine::running(b"devices");
     let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
@@ -64,7 +69,11 @@ fn moves(from: &Arc<MappedGuest>, passed: Vec<PassedBlock>, vmm: Vmm) -> Moved {
     let arriving = DestinationGuest { memory: Box::new(vmm.clone()), control: Box::new(vmm.clone()) };
     let connection_there = DestinationConnection::over(channel(far));
     let destination = DestinationSession::new(arriving, connection_there, DestinationSettings::default());
-    let thread = std::thread::spawn(move || destination.with_memory(passed).run());
+    let destination = match passed {
+        Some(passed) => destination.with_memory(passed),
+        None => destination,
+    };
+    let thread = std::thread::spawn(move || destination.run());
     let sent = SourceSession::new(guest, connection, settings).with_memory_passed().run();
     Moved { sent, arrived: thread.join().unwrap(), source, vmm }
 }
@@ -125,6 +134,39 @@ fn memory_that_is_not_the_guests_starts_no_guest() {
     }
     let again = moves(&from, all(), Vmm::new(Does::Nothing));
     assert_eq!((again.sent.outcome, again.arrived.ending), (Outcome::Completed, Ending::Running));
+}
+
+/// The memory went to one process, the migration goes to another: a ramwire says that it has nothing.
+#[test]
+fn a_destination_without_the_memory_is_not_given_the_guest() {
+    let from = from();
+    let before = [bytes(&from, 0), bytes(&from, 1)];
+    let moved = moves_to(&from, None, Vmm::new(Does::Nothing));
+    let text = Chain(moved.sent.error.as_ref().unwrap()).to_string();
+    assert!(text.contains("has none of it"), "{text}");
+    assert_eq!(moved.sent.outcome, Outcome::StaysHere(Reason::Failed), "{text}");
+    assert_eq!(moved.arrived.ending, Ending::Discarded, "{text}");
+    assert!(moved.source.runs() && !moved.vmm.machine.runs(), "{text}");
+    assert!([bytes(&from, 0), bytes(&from, 1)] == before);
+    assert_eq!(moved.sent.dirty.count(), 2 * PAGES, "nothing counts as given away");
+}
+
+/// A stream that nobody answers may end in a file, which the memory is not in.
+#[test]
+fn memory_that_was_passed_ahead_needs_a_destination_that_answers() {
+    let from = from();
+    let (near, far) = std::io::pipe().unwrap();
+    let source = Machine::running(b"devices");
+    let mut settings = SourceSettings::new(Configuration { machine: "none".into(), ..Default::default() });
+    settings.guest_is_paused = true;
+    let guest = SourceGuest { memory: from.clone(), dirty: Vec::new(), control: Box::new(source.clone()) };
+    let channel = crate::transport::StreamChannel::from_fd(far.into(), "pipe", &Default::default()).unwrap();
+    let connection = SourceConnection::over(channel, from.clone());
+    let sent = SourceSession::new(guest, connection, settings).with_memory_passed().run();
+    let text = Chain(sent.error.as_ref().unwrap()).to_string();
+    assert!(text.contains("carries no answers"), "{text}");
+    assert_eq!(sent.outcome, Outcome::StaysHere(Reason::Failed));
+    assert_eq!(std::io::Read::read_to_end(&mut { near }, &mut Vec::new()).unwrap(), 0, "nothing was sent");
 }
 
 #[test]

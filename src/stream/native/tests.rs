@@ -30,6 +30,7 @@ fn orders_and_answers_survive_the_wire() {
         Order::Resume(Resume { purpose: Purpose::GoOn, ..resume }),
         Order::Resume(Resume { purpose: Purpose::GiveUp, ..resume }),
         Order::Hello(Hello { secret: None, ..hello }),
+        Order::Hello(Hello { has_memory: true, passes: false, secret: None, ..hello }),
     ];
     for order in orders {
         let mut body = Vec::new();
