@@ -358,6 +358,13 @@ pub(crate) fn is_there(span: HostSpan<'_>) -> io::Result<bool> {
     }
 }
 
+/// Locks memory, of which the kernel then takes none back.
+#[cfg(test)]
+pub(crate) fn lock(span: HostSpan<'_>) -> io::Result<()> {
+    // SAFETY: no byte of it changes.
+    Ok(unsafe { rustix::mm::mlock(span.as_ptr().cast(), span.len())? })
+}
+
 fn remedy_of(errno: Errno) -> &'static str {
     match errno {
         Errno::FBIG => {

@@ -62,6 +62,8 @@ pub(crate) use kvm_ring::DirtyRing;
 pub(crate) use lock::Lock;
 pub use lost_memory::{Loss, survive_lost_memory};
 pub(crate) use low_water::set_low_water;
+#[cfg(test)]
+pub(crate) use mapping::lock;
 pub use mapping::{Mapping, MappingError, discard, populate};
 pub(crate) use mapping::{is_there, populate_read, set_huge_pages};
 pub use memory_room::{MemoryBound, MemoryRoom, memory_room};

@@ -8,10 +8,7 @@ use std::sync::Arc;
 use super::{GuestError, GuestMemory, span_of};
 use crate::ram::{Landing, PageBitmap, PageRun, RamBlock, RamBlockTable, Refusal};
 use crate::sys::{HostSpan, Mapping, MappingError, discard, is_zero};
-use crate::units::{BlockIndex, PageIndex};
-
-/// Bytes that are copied at once.
-const PIECE: u64 = 64 << 10;
+use crate::units::{BlockIndex, PageIndex, PageSize};
 
 /// Why there is no cache, or why it could not be applied.
 #[derive(Debug, thiserror::Error)]
@@ -23,9 +20,6 @@ pub enum CacheError {
     /// The guest's memory, or pages outside it.
     #[error(transparent)]
     Guest(#[from] GuestError),
-    /// Memory could not be given back.
-    #[error("giving back memory of a checkpoint that was applied")]
-    Discard(#[source] std::io::Error),
 }
 
 #[derive(Debug)]
@@ -162,10 +156,7 @@ impl CheckpointCache {
     }
 
     /// Forgets what has come since the last checkpoint was applied.
-    ///
-    /// # Errors
-    /// [`CacheError::Discard`].
-    pub(crate) fn forget(&mut self) -> Result<(), CacheError> {
+    pub(crate) fn forget(&mut self) {
         self.next_state = None;
         let page = self.memory.table().page();
         for block in &mut self.blocks {
@@ -176,11 +167,10 @@ impl CheckpointCache {
                 let (at, len) = (run.start * page.bytes(), (run.end - run.start) * page.bytes());
                 block.whole.clear_range(run);
                 if let Ok(span) = block.mapping.region().span(at, len) {
-                    discard(span, page).map_err(CacheError::Discard)?;
+                    give_back(span, page);
                 }
             }
         }
-        Ok(())
     }
 
     /// Applies the next part of a checkpoint that is whole: at most about `pages` pages. True once all of it is applied,
@@ -224,16 +214,8 @@ impl CheckpointCache {
         match is_whole {
             true => {
                 let from = self.span(landing)?;
-                let mut buffer = vec![0; PIECE.min(landing.len()) as usize];
-                for at in (0..to.len()).step_by(buffer.len()) {
-                    let len = buffer.len().min(to.len() - at);
-                    if let (Some(from), Some(to)) = (from.part(at, len), to.part(at, len)) {
-                        from.copy_to(&mut buffer[..len]);
-                        to.copy_from(&buffer[..len]);
-                    }
-                }
-                // Not memory twice for longer than needed.
-                discard(from, self.memory.table().page()).map_err(CacheError::Discard)?;
+                to.copy_span(from);
+                give_back(from, self.memory.table().page());
             }
             false if is_zero(to) => {}
             false => to.fill_zero(),
@@ -255,13 +237,20 @@ impl CheckpointCache {
     }
 }
 
+/// Not memory twice for longer than needed. Pages whose memory can't be given back (locked memory) are overwritten by
+/// those of a later checkpoint.
+fn give_back(span: HostSpan<'_>, page: PageSize) {
+    if let Err(error) = discard(span, page) {
+        tracing::debug!(%error, "memory beside the guest's is not given back");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::guest::MappedGuest;
     use crate::ram::{BlockName, RamBlock};
-    use crate::units::PageSize;
 
     const PAGES: u64 = 40;
 
@@ -311,9 +300,27 @@ mod tests {
         comes(&mut cache, 0, &[7; 10]);
         cache.zero(cache.admit(run(20, 5)).unwrap());
         cache.set_state(b"two".into());
-        cache.forget().unwrap();
+        cache.forget();
         assert!(cache.apply(u64::MAX).unwrap());
         assert_eq!((pages(&guest), cache.state()), (due, &b"one"[..]));
+    }
+
+    /// Memory of the cache that can't be given back costs memory, and no checkpoint.
+    #[test]
+    fn locked_memory_costs_no_checkpoint() {
+        let guest = guest();
+        let mut cache = CheckpointCache::new(guest.clone()).unwrap();
+        comes(&mut cache, 3, &[1, 2]);
+        let kept = cache.span(cache.admit(run(3, 2)).unwrap()).unwrap();
+        crate::sys::lock(kept).unwrap();
+        assert!(discard(kept, PageSize::SIZE_4K).is_err());
+        assert!(cache.apply(u64::MAX).unwrap());
+        assert_eq!((&pages(&guest)[3..6], cache.pages()), (&[1, 2, 0][..], 0));
+        comes(&mut cache, 3, &[5]);
+        cache.forget();
+        comes(&mut cache, 4, &[7]);
+        assert!(cache.apply(u64::MAX).unwrap());
+        assert_eq!(&pages(&guest)[3..6], &[1, 7, 0]);
     }
 
     #[test]

@@ -189,7 +189,7 @@ impl Running {
                 self.channel.breaker().close();
                 // Memory for the guest that runs here from now on.
                 if let Some(kept) = &mut self.kept {
-                    kept.cache.forget()?;
+                    kept.cache.forget();
                 }
                 told?;
             }
