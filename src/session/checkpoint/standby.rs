@@ -10,9 +10,10 @@ use super::inbox::Inbox;
 use super::{StandbyReport, StandbySettings, refuse_ignored};
 use crate::engine::{StandbyAction, StandbyEnding, StandbyEngine, StandbyEvent};
 use crate::error::{Chain, Remedy};
-use crate::guest::{CheckpointCache, GuestError, GuestMemory, load_state};
+use crate::guest::{CheckpointCache, GuestMemory, load_state};
 use crate::ram::{BlockName, MAX_BLOCKS, PageRun, RamBlock};
 use crate::session::callback::{guarded, named};
+use crate::session::destination::same_blocks;
 use crate::session::{DestinationGuest, Error, Incoming};
 use crate::stream::checkpoints::{CheckpointMessage, HEAD_LEN, StandbyMessage};
 use crate::sys::{RecvPart, SendPart, Stop};
@@ -358,21 +359,7 @@ fn found(incoming: &Incoming, memory: &dyn GuestMemory, page: u32) -> Result<Vec
         let what = format!("the source has pages of {page} bytes, this guest of {}", table.page().bytes());
         return Err(Error::Config { what, remedy: Remedy::Advice("start both ends with the same machine") });
     }
-    let find = |block: &RamBlock| {
-        let index = table.find(block.name.as_str()).map_err(GuestError::from)?;
-        let ours = table.get(index).map_or(0, |block| block.used_length);
-        match ours == block.used_length {
-            true => Ok(index),
-            false => Err(Error::Config {
-                what: format!(
-                    "RAM block {}: the source has {} bytes, this guest {ours}",
-                    block.name, block.used_length
-                ),
-                remedy: Remedy::Advice("start both ends with the same memory"),
-            }),
-        }
-    };
-    incoming.blocks.iter().map(find).collect()
+    same_blocks(&incoming.blocks, table)
 }
 
 fn fill(channel: &mut StreamChannel, mut into: &mut [u8], stop: &Stop) -> Result<(), Error> {

@@ -56,6 +56,7 @@ use figures::Figures;
 use ingest::Ingest;
 use keepalive::Keepalive;
 pub use postcopy::MissingPages;
+pub(super) use provider::same_blocks;
 pub use provider::{DestinationGuest, Incoming, MemoryProvider, Zeroed};
 use reader::StreamReader;
 use receive::out_of_turn;

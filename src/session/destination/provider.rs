@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use crate::error::Remedy;
 use crate::guest::{GuestControl, GuestError, GuestMemory, MappedGuest};
-use crate::ram::RamBlock;
+use crate::ram::{RamBlock, RamBlockTable};
 use crate::session::{Error, PassedBlock, shared_blocks};
 use crate::stream::qemu::file::Configuration;
 use crate::stream::qemu::incoming::Seen;
 use crate::sys::{HostRegion, MappingError};
-use crate::units::PageSize;
+use crate::units::{BlockIndex, PageSize};
 
 /// What the source announced, before any page.
 #[derive(Clone, Debug)]
@@ -114,30 +114,41 @@ pub trait MemoryProvider: Send {
     fn arrived(&mut self, _incoming: &Incoming, _native: bool) {}
 }
 
-impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
-    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
-        for block in &incoming.blocks {
-            let index = self.table().find(block.name.as_str()).map_err(GuestError::from)?;
-            let ours = self.table().get(index).map_or(0, |block| block.used_length);
-            if ours != block.used_length {
-                let what = format!(
-                    "RAM block {}: the source has {} bytes, this guest {ours}",
-                    block.name, block.used_length
-                );
-                return Err(Error::Config {
-                    what,
-                    remedy: Remedy::Advice("start both ends with the same memory"),
-                });
+/// Where each of the source's blocks is in this guest's table: both have the same ones, of the same lengths.
+///
+/// # Errors
+/// [`Error::Guest`] or [`Error::Config`], which name the block that differs.
+pub(in crate::session) fn same_blocks(
+    announced: &[RamBlock],
+    table: &RamBlockTable,
+) -> Result<Vec<BlockIndex>, Error> {
+    let differs =
+        |what| Error::Config { what, remedy: Remedy::Advice("start both ends with the same memory") };
+    let find = |theirs: &RamBlock| {
+        let index = table.find(theirs.name.as_str()).map_err(GuestError::from)?;
+        let (name, length) = (&theirs.name, theirs.used_length);
+        let ours = table.get(index).map_or(0, |block| block.used_length);
+        match ours == length {
+            true => Ok(index),
+            false => {
+                let what = format!("RAM block {name}: the source has {length} bytes, this guest {ours}");
+                Err(differs(what))
             }
         }
-        let announced = |ours: &RamBlock| incoming.blocks.iter().any(|theirs| theirs.name == ours.name);
-        if let Some(missing) = self.table().blocks().iter().find(|ours| !announced(ours)) {
-            let what = format!("RAM block {}: the source has none of this name", missing.name);
-            return Err(Error::Config {
-                what,
-                remedy: Remedy::Advice("start both ends with the same memory"),
-            });
+    };
+    let found = announced.iter().map(find).collect::<Result<_, Error>>()?;
+    let is_announced = |ours: &&RamBlock| announced.iter().any(|theirs| theirs.name == ours.name);
+    match table.blocks().iter().find(|ours| !is_announced(ours)) {
+        None => Ok(found),
+        Some(missing) => {
+            Err(differs(format!("RAM block {}: the source has none of this name", missing.name)))
         }
+    }
+}
+
+impl<M: GuestMemory + 'static> MemoryProvider for Arc<M> {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        same_blocks(&incoming.blocks, self.table())?;
         shared_blocks::check_any(incoming, self.table())?;
         Ok(Arc::clone(self) as Arc<dyn GuestMemory>)
     }
