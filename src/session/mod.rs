@@ -8,6 +8,7 @@ mod connection;
 mod control;
 mod destination;
 mod digest;
+mod dirty_run;
 mod error;
 mod fingerprints;
 mod handle;

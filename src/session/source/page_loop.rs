@@ -10,8 +10,7 @@ use crate::transport::{InlinePages, Offer, Receipt};
 
 use super::SourceSession;
 use super::wire::Wire;
-use crate::session::callback::named;
-use crate::session::{Breakage, Error};
+use crate::session::{Breakage, Error, dirty_run};
 
 /// Maximum number of zero pages in a batch: they cost a header each and no look at the clock.
 const MAX_BATCH_PAGES: u64 = 16 * 1024;
@@ -90,27 +89,17 @@ impl SourceSession {
         Ok(batch)
     }
 
-    /// Order 1: the bits of `run` are cleared, now the log is armed again, only then are the bytes read.
     fn classify_run(&mut self, run: PageRun, batch: &mut PageBatch) -> Result<(), Error> {
-        let chunk = self.pages.dirty.take_clear_chunk(run);
         let detection = self.settings.zero_detection.with(self.wire.link.abilities().classifies);
         if self.breakage.is(Breakage::ReadBeforeProtect) {
+            let chunk = self.pages.dirty.take_clear_chunk(run);
             classify(&*self.guest.memory, run, detection, batch)?;
             let torn = std::mem::take(batch);
             self.offer(torn)?;
-            return self.reprotect(chunk);
+            return dirty_run::reprotect(&self.guest.dirty, chunk);
         }
-        self.reprotect(chunk)?;
-        Ok(classify(&*self.guest.memory, run, detection, batch)?)
-    }
-
-    fn reprotect(&mut self, chunk: Option<PageRun>) -> Result<(), Error> {
-        let Some(chunk) = chunk else { return Ok(()) };
-        self.guest
-            .dirty
-            .iter()
-            .try_for_each(|source| named("calling DirtySource::reprotect", || source.reprotect(chunk)))?;
-        Ok(())
+        let guest = (&*self.guest.memory, self.guest.dirty.as_slice());
+        dirty_run::read(guest, &mut self.pages.dirty, run, detection, batch)
     }
 
     /// Hands a batch to the link; waits while it is full.
