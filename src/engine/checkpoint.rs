@@ -7,13 +7,19 @@
 //! keeps what arrives apart from the guest's memory, and applies a checkpoint when it has all of it: whole or not at all.
 //! The source calls a checkpoint safe when the standby has confirmed it: from then on what the guest has sent to the
 //! network before that moment may leave. The guest starts at the standby only when the embedder says that the source is
-//! dead, and a source that learns of that does not let its guest run any more.
+//! dead, and a source that learns of that does not let its guest run any more: it is told before the guest starts, whatever
+//! was arriving. The embedder's first command counts. Memory that a checkpoint was applied to in part starts no guest.
+//!
+//! The source's guest is paused for a limited time: a standby that takes too long ends the protection. In the end the
+//! dirty logs are off, and whoever ended it has a reason.
 
 mod source;
 mod standby;
 
-pub use source::{CheckpointAction, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome};
-pub use standby::{StandbyAction, StandbyEnding, StandbyEngine, StandbyEvent};
+pub use source::{
+    CheckpointAction, CheckpointCause, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome,
+};
+pub use standby::{StandbyAction, StandbyDoubt, StandbyEnding, StandbyEngine, StandbyEvent};
 
 /// Orders switched off, so that the simulation can prove that each is needed.
 #[cfg(test)]
@@ -44,4 +50,20 @@ pub(crate) enum CheckpointBreakage {
     PlaceEarly,
     /// The device state that arrives replaces the one before at once.
     StateEarly,
+    /// The dirty logs stay on.
+    LeaveLogsOn,
+    /// A standby that takes nothing is waited for, with the guest paused.
+    WaitPaused,
+    /// A confirmation that does not come is waited for.
+    WaitUnconfirmed,
+    /// A guest that is to start at the standby is given up by a later command.
+    DiscardActivated,
+    /// The guest starts at the standby and the source is not told.
+    StartUntold,
+    /// The guest starts at the standby before the first checkpoint.
+    StartFromNothing,
+    /// The guest starts in memory that a checkpoint was applied to in part.
+    StartTorn,
+    /// The guest starts without the device state, which could not be loaded.
+    StartUnloaded,
 }

@@ -31,8 +31,8 @@ pub(crate) use background::{FIRST_ROOM, is_mark};
 #[cfg(test)]
 pub(crate) use checkpoint::CheckpointBreakage;
 pub use checkpoint::{
-    CheckpointAction, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome, StandbyAction,
-    StandbyEnding, StandbyEngine, StandbyEvent,
+    CheckpointAction, CheckpointCause, CheckpointConfig, CheckpointEngine, CheckpointEvent,
+    CheckpointOutcome, StandbyAction, StandbyDoubt, StandbyEnding, StandbyEngine, StandbyEvent,
 };
 pub use destination::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
 pub use fill::{BlockToFill, Fill, FillCounts};

@@ -14,7 +14,8 @@ pub struct CheckpointConfig {
     pub live_rounds: u32,
     /// Of the first checkpoint: few enough dirty pages to pause the guest for.
     pub live_pages: u64,
-    /// Longest wait for the standby to confirm a checkpoint that was sent.
+    /// Longest time in which the guest is paused for a checkpoint, and longest wait for the standby to confirm one that was
+    /// sent.
     pub confirm_timeout: Duration,
 }
 
@@ -88,6 +89,17 @@ pub enum CheckpointOutcome {
     Taken,
 }
 
+/// Why protection ended, where no action has failed and no connection was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckpointCause {
+    /// The guest was paused for longer than it may be: the standby took too long to take checkpoint n.
+    PausedTooLong(u64),
+    /// The standby has not confirmed checkpoint n in time.
+    Unconfirmed(u64),
+    /// The standby has confirmed checkpoint n, which it can't have.
+    NeverSent(u64),
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Idle,
@@ -118,6 +130,7 @@ pub struct CheckpointEngine {
     /// The requested action that is not answered yet.
     doing: Option<CheckpointAction>,
     ending: Option<CheckpointOutcome>,
+    cause: Option<CheckpointCause>,
     /// The checkpoint that is taken, or was taken last; from 1.
     number: u64,
     rounds: u32,
@@ -127,7 +140,8 @@ pub struct CheckpointEngine {
     demanded: bool,
     stopping: bool,
     due: Option<Duration>,
-    /// When the wait for the standby's answer is over.
+    /// When the guest has been paused for too long; from the end of a checkpoint on, when the wait for the standby's
+    /// answer is over.
     overdue: Option<Duration>,
     now: Duration,
     #[cfg(test)]
@@ -142,6 +156,7 @@ impl CheckpointEngine {
             phase: Phase::Idle,
             doing: None,
             ending: None,
+            cause: None,
             number: 0,
             rounds: 0,
             confirmed: 0,
@@ -167,13 +182,41 @@ impl CheckpointEngine {
         self.ending.is_some()
     }
 
+    /// Why it ended, if nothing else says so.
+    pub fn cause(&self) -> Option<CheckpointCause> {
+        self.cause
+    }
+
     /// When to call again with [`CheckpointEvent::Time`], if nothing else happens.
     pub fn wake_at(&self) -> Option<Duration> {
         match self.phase {
-            Phase::Awaiting if self.ending.is_none() => self.overdue,
             Phase::Resting if self.ending.is_none() => self.due,
-            _ => None,
+            _ => self.give_up_at(),
         }
+    }
+
+    /// When to give up an action that waits for the standby: the guest is paused for it.
+    pub fn give_up_at(&self) -> Option<Duration> {
+        self.waited().and(self.overdue)
+    }
+
+    /// What is waited for with a limit.
+    fn waited(&self) -> Option<CheckpointCause> {
+        let waits = match self.phase {
+            _ if self.ending.is_some() => None,
+            Phase::LastSync | Phase::LastSend | Phase::Saving | Phase::Closing => {
+                Some(CheckpointCause::PausedTooLong(self.number))
+            }
+            Phase::Awaiting if !self.is_safe() => Some(CheckpointCause::Unconfirmed(self.number)),
+            _ => None,
+        };
+        #[cfg(test)]
+        let waits = match (self.breakage, waits) {
+            (CheckpointBreakage::WaitPaused, Some(CheckpointCause::PausedTooLong(_)))
+            | (CheckpointBreakage::WaitUnconfirmed, Some(CheckpointCause::Unconfirmed(_))) => None,
+            _ => waits,
+        };
+        waits
     }
 
     /// Takes an event, at any time.
@@ -185,13 +228,15 @@ impl CheckpointEngine {
             CheckpointEvent::Done => self.answered(true, 0),
             CheckpointEvent::Synced { dirty_pages } => self.answered(true, dirty_pages),
             CheckpointEvent::Failed => {
+                // An action that was given up in time failed for that reason.
+                self.look_at_time();
                 self.end(CheckpointOutcome::Unprotected);
                 self.answered(false, 0);
             }
             CheckpointEvent::Lost => self.end(CheckpointOutcome::Unprotected),
             // Nobody can have what was not sent.
             CheckpointEvent::Confirmed(number) if self.is_unsent(number) => {
-                self.end(CheckpointOutcome::Unprotected);
+                self.end_for(CheckpointCause::NeverSent(number));
             }
             CheckpointEvent::Confirmed(number) => self.confirmed = self.confirmed.max(number),
             // Whatever else has happened: the guest runs there.
@@ -202,9 +247,14 @@ impl CheckpointEngine {
             CheckpointEvent::Demand => self.demanded = true,
             CheckpointEvent::Stop => self.stopping = true,
         }
-        let is_overdue = self.overdue.is_some_and(|at| self.now >= at);
-        if self.phase == Phase::Awaiting && is_overdue && !self.is_safe() {
-            self.end(CheckpointOutcome::Unprotected);
+        self.look_at_time();
+    }
+
+    fn look_at_time(&mut self) {
+        if let Some(cause) = self.waited()
+            && self.overdue.is_some_and(|at| self.now >= at)
+        {
+            self.end_for(cause);
         }
     }
 
@@ -219,7 +269,10 @@ impl CheckpointEngine {
         };
         match action {
             // From here on, whether it succeeds or not.
-            CheckpointAction::Pause => self.paused = true,
+            CheckpointAction::Pause => {
+                self.paused = true;
+                self.overdue = Some(self.now.saturating_add(self.config.confirm_timeout));
+            }
             CheckpointAction::StartLogs => self.has_logs = true,
             CheckpointAction::Open(number) => self.number = number,
             // This action gets no answer.
@@ -259,6 +312,13 @@ impl CheckpointEngine {
         }
     }
 
+    fn end_for(&mut self, cause: CheckpointCause) {
+        if self.ending.is_none() {
+            self.cause = Some(cause);
+        }
+        self.end(CheckpointOutcome::Unprotected);
+    }
+
     fn undo(&mut self, outcome: CheckpointOutcome) -> CheckpointAction {
         let is_taken = outcome == CheckpointOutcome::Taken;
         #[cfg(test)]
@@ -266,10 +326,13 @@ impl CheckpointEngine {
         let resumes = self.paused && !is_taken;
         #[cfg(test)]
         let resumes = resumes && self.breakage != CheckpointBreakage::StayPaused;
+        let has_logs = self.has_logs;
+        #[cfg(test)]
+        let has_logs = has_logs && self.breakage != CheckpointBreakage::LeaveLogsOn;
         match () {
             () if is_taken && !self.paused => CheckpointAction::Pause,
             () if resumes => CheckpointAction::Resume,
-            () if self.has_logs => CheckpointAction::StopLogs,
+            () if has_logs => CheckpointAction::StopLogs,
             () => CheckpointAction::Finish(outcome),
         }
     }

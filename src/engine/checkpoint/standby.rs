@@ -37,8 +37,8 @@ pub enum StandbyAction {
     Apply(u64),
     /// Tell the source that checkpoint n is here.
     Confirm(u64),
-    /// Tell the source that its guest starts here, and close the connection.
-    TellTaken(u64),
+    /// Tell the source that its guest starts here, from the last checkpoint that was applied, and close the connection.
+    TellTaken,
     /// Load the device state of the last checkpoint.
     Load,
     /// Let the guest run.
@@ -81,6 +81,33 @@ enum Phase {
     Ended,
 }
 
+/// What the embedder wants: the first command counts. A guest that is to start is not given up by a later one, which may
+/// be the drop of a handle; and one that was given up does not start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Command {
+    Activate,
+    Discard,
+}
+
+/// What a source has said that can't be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StandbyDoubt {
+    /// It began checkpoint `number`, and `due` comes next.
+    Opened {
+        /// What it began.
+        number: u64,
+        /// What comes next.
+        due: u64,
+    },
+    /// It ended checkpoint `number`, and `due` has begun, if one has.
+    Closed {
+        /// What it ended.
+        number: u64,
+        /// What has begun.
+        due: Option<u64>,
+    },
+}
+
 /// The state of a standby.
 #[derive(Debug)]
 pub struct StandbyEngine {
@@ -89,12 +116,11 @@ pub struct StandbyEngine {
     doing: Option<StandbyAction>,
     /// The last checkpoint that was applied; 0 before the first.
     applied: u64,
-    /// The checkpoint that is whole, and not applied.
-    whole: Option<u64>,
-    opened: Option<u64>,
+    /// The one behind it arrives.
+    is_open: bool,
     is_lost: bool,
-    activates: bool,
-    discards: bool,
+    doubt: Option<StandbyDoubt>,
+    command: Option<Command>,
     ending: Option<StandbyEnding>,
     #[cfg(test)]
     breakage: CheckpointBreakage,
@@ -106,11 +132,10 @@ impl Default for StandbyEngine {
             phase: Phase::Idle,
             doing: None,
             applied: 0,
-            whole: None,
-            opened: None,
+            is_open: false,
             is_lost: false,
-            activates: false,
-            discards: false,
+            doubt: None,
+            command: None,
             ending: None,
             #[cfg(test)]
             breakage: CheckpointBreakage::None,
@@ -130,19 +155,25 @@ impl StandbyEngine {
         matches!(self.doing, Some(StandbyAction::Apply(_)))
     }
 
-    /// The last checkpoint that the guest could start from.
-    pub fn last(&self) -> u64 {
-        self.whole.unwrap_or(self.applied)
-    }
-
-    /// The last checkpoint that was applied; 0 before the first.
+    /// The last checkpoint that was applied, from which the guest can start; 0 before the first.
     pub fn applied(&self) -> u64 {
         self.applied
     }
 
-    /// True once nothing that comes from the source counts any more.
-    pub fn is_lost(&self) -> bool {
-        self.is_lost
+    /// True while a checkpoint arrives.
+    pub fn is_open(&self) -> bool {
+        self.is_open
+    }
+
+    /// What the source has said that can't be, if that is why nothing it says counts any more.
+    pub fn doubt(&self) -> Option<StandbyDoubt> {
+        self.doubt
+    }
+
+    /// True once nothing that comes from the source counts any more, and nothing is to be said to it either. A source
+    /// whose guest starts here is told so first, if it can still be reached.
+    pub fn gives_source_up(&self) -> bool {
+        self.is_lost && self.command != Some(Command::Activate)
     }
 
     /// True while what comes from the source is read: an error then costs the source, and not what is here.
@@ -165,8 +196,8 @@ impl StandbyEngine {
                 }
             }
             StandbyEvent::Lost => self.lost(),
-            StandbyEvent::Activate => self.activate(),
-            StandbyEvent::Discard => self.discards = true,
+            StandbyEvent::Activate => self.commanded(Command::Activate),
+            StandbyEvent::Discard => self.commanded(Command::Discard),
         }
     }
 
@@ -195,10 +226,10 @@ impl StandbyEngine {
         #[cfg(test)]
         let is_open = is_open
             || self.breakage == CheckpointBreakage::ActivateReleased && self.phase == Phase::Releasing;
-        if is_open && self.discards {
-            self.ending = Some(StandbyEnding::Discarded);
-        } else if is_open && self.activates {
-            self.phase = Phase::Taking;
+        match self.command.filter(|_| is_open) {
+            Some(Command::Discard) => self.ending = Some(StandbyEnding::Discarded),
+            Some(Command::Activate) => self.phase = self.taking(),
+            None => {}
         }
         if let Some(ending) = self.ending {
             return Some(StandbyAction::Finish(ending));
@@ -207,22 +238,44 @@ impl StandbyEngine {
             Phase::Idle | Phase::Orphaned | Phase::Ended => return None,
             Phase::Greeting => StandbyAction::Greet,
             Phase::Receiving => StandbyAction::Receive,
-            Phase::Confirming => StandbyAction::Confirm(self.opened.unwrap_or(self.applied)),
-            Phase::Applying => StandbyAction::Apply(self.last()),
-            Phase::Taking => StandbyAction::TellTaken(self.last()),
-            Phase::Loading if self.last() == 0 => StandbyAction::Finish(StandbyEnding::Nothing),
+            Phase::Confirming => StandbyAction::Confirm(self.applied + u64::from(self.is_open)),
+            Phase::Applying => StandbyAction::Apply(self.applied + 1),
+            Phase::Taking => StandbyAction::TellTaken,
+            Phase::Loading if self.has_none() => StandbyAction::Finish(StandbyEnding::Nothing),
             Phase::Loading => StandbyAction::Load,
             Phase::Starting => StandbyAction::Start,
             Phase::Releasing => StandbyAction::AnswerRelease,
         })
     }
 
-    fn activate(&mut self) {
-        self.activates = true;
+    fn commanded(&mut self, command: Command) {
+        self.command.get_or_insert(command);
         #[cfg(test)]
-        if self.breakage == CheckpointBreakage::ActivateHalfApplied && self.phase == Phase::Applying {
-            (self.doing, self.phase) = (None, Phase::Taking);
+        match (self.breakage, command) {
+            (CheckpointBreakage::DiscardActivated, Command::Discard) => self.command = Some(command),
+            (CheckpointBreakage::ActivateHalfApplied, Command::Activate) if self.phase == Phase::Applying => {
+                (self.doing, self.phase) = (None, Phase::Taking);
+            }
+            _ => {}
         }
+    }
+
+    /// A source that lives is told first.
+    fn taking(&self) -> Phase {
+        #[cfg(test)]
+        if self.breakage == CheckpointBreakage::StartUntold {
+            return Phase::Loading;
+        }
+        Phase::Taking
+    }
+
+    /// There is no checkpoint to start from.
+    fn has_none(&self) -> bool {
+        #[cfg(test)]
+        if self.breakage == CheckpointBreakage::StartFromNothing {
+            return false;
+        }
+        self.applied == 0
     }
 
     fn lost(&mut self) {
@@ -235,24 +288,33 @@ impl StandbyEngine {
         }
         #[cfg(test)]
         if self.breakage == CheckpointBreakage::ActivateOnLoss {
-            self.activates = true;
+            self.commanded(Command::Activate);
         }
+    }
+
+    /// Nothing that follows can be believed.
+    fn doubted(&mut self, doubt: StandbyDoubt) {
+        self.doubt.get_or_insert(doubt);
+        self.lost();
     }
 
     /// The ending where no memory was provided.
     fn without_guest(&self) -> StandbyEnding {
-        if self.activates { StandbyEnding::Nothing } else { StandbyEnding::Discarded }
+        match self.command {
+            Some(Command::Activate) => StandbyEnding::Nothing,
+            _ => StandbyEnding::Discarded,
+        }
     }
 
     fn opened(&mut self, number: u64) {
         if !self.took(StandbyAction::Receive) {
             return;
         }
-        if self.opened.is_some() || number != self.applied + 1 {
-            // Not the next one: nothing that follows can be believed.
-            return self.lost();
+        let due = self.applied + 1;
+        if self.is_open || number != due {
+            return self.doubted(StandbyDoubt::Opened { number, due });
         }
-        self.opened = Some(number);
+        self.is_open = true;
         #[cfg(test)]
         if self.breakage == CheckpointBreakage::ConfirmEarly {
             self.phase = Phase::Confirming;
@@ -263,11 +325,13 @@ impl StandbyEngine {
         if !self.took(StandbyAction::Receive) {
             return;
         }
-        if self.opened.take() != Some(number) {
-            return self.lost();
+        let due = Some(self.applied + 1).filter(|_| self.is_open);
+        self.is_open = false;
+        if due != Some(number) {
+            return self.doubted(StandbyDoubt::Closed { number, due });
         }
         // Confirmed after it is applied: the next one would only wait, with its guest paused, until then.
-        (self.whole, self.phase) = (Some(number), Phase::Applying);
+        self.phase = Phase::Applying;
     }
 
     fn answered(&mut self, done: bool) {
@@ -280,20 +344,34 @@ impl StandbyEngine {
                 self.phase = if self.is_lost { Phase::Orphaned } else { Phase::Receiving };
             }
             StandbyAction::Apply(number) if done => {
-                (self.applied, self.whole) = (number, None);
+                self.applied = number;
                 self.phase = if self.is_lost { Phase::Orphaned } else { Phase::Confirming };
             }
             StandbyAction::Greet => self.ending = Some(self.without_guest()),
-            StandbyAction::Apply(_) => self.ending = Some(StandbyEnding::Discarded),
+            StandbyAction::Apply(_) => self.torn(),
             // Nobody may be there any more.
-            StandbyAction::TellTaken(_) => self.phase = Phase::Loading,
+            StandbyAction::TellTaken => self.phase = Phase::Loading,
             StandbyAction::Load if done => self.phase = Phase::Starting,
-            StandbyAction::Start if done => self.ending = Some(StandbyEnding::Active(self.last())),
+            StandbyAction::Start if done => self.ending = Some(StandbyEnding::Active(self.applied)),
+            #[cfg(test)]
+            StandbyAction::Load if self.breakage == CheckpointBreakage::StartUnloaded => {
+                self.phase = Phase::Starting;
+            }
             StandbyAction::Load | StandbyAction::Start => {
-                self.ending = Some(StandbyEnding::Stranded(self.last()));
+                self.ending = Some(StandbyEnding::Stranded(self.applied));
             }
             StandbyAction::AnswerRelease => self.ending = Some(StandbyEnding::Released),
             StandbyAction::Receive | StandbyAction::Finish(_) => {}
         }
+    }
+
+    /// The memory is of no checkpoint any more.
+    fn torn(&mut self) {
+        #[cfg(test)]
+        if self.breakage == CheckpointBreakage::StartTorn {
+            self.phase = Phase::Orphaned;
+            return;
+        }
+        self.ending = Some(StandbyEnding::Discarded);
     }
 }

@@ -37,8 +37,8 @@ pub struct CheckpointSettings {
     pub live_rounds: u32,
     /// Bytes of dirty memory that the guest is paused for in the first checkpoint; 16 MiB.
     pub live_bytes: u64,
-    /// Longest wait for the standby to have memory, and to confirm a checkpoint; 30 s. Then nothing protects the guest any
-    /// more.
+    /// Longest wait for the standby to have memory, to take the bytes of a checkpoint and to confirm it; also how long the
+    /// guest is paused for one at most; 30 s. Then the guest runs on, and nothing protects it any more.
     pub confirm_timeout: Duration,
     /// How threads are started.
     pub spawner: Spawner,

@@ -1,30 +1,29 @@
 //! The source's session: does what the engine decides, on one thread.
 
+mod sending;
+
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
 
+use self::sending::{Answers, error_of, one_way, out_of_turn};
 use super::inbox::Inbox;
 use super::{CheckpointObserver, CheckpointReport, CheckpointSettings, refuse_ignored};
 use crate::engine::{
     CheckpointAction, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome,
 };
 use crate::error::{Chain, Remedy};
-use crate::guest::{GuestError, save_state, span_of, sync_all};
+use crate::guest::sync_all;
 use crate::observe::Latency;
-use crate::page::{PageSearch, ZeroDetection, classify};
-use crate::ram::{ClearShift, DirtyMap, PageBatch, PageRun, Verdict};
+use crate::page::PageSearch;
+use crate::ram::{ClearShift, DirtyMap, PageBatch};
 use crate::session::callback::{guarded, named};
 use crate::session::{Error, SourceGuest};
-use crate::stream::checkpoints::{CheckpointMessage, HEAD_LEN, MAX_RUN, StandbyMessage};
-use crate::sys::{CancelToken, RecvPart, SendPart, Stop};
-use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
-use crate::units::PageIndex;
-
-/// Whole pages that are sent by one call.
-const BATCH: u64 = 512;
+use crate::stream::checkpoints::{CheckpointMessage, StandbyMessage};
+use crate::sys::Stop;
+use crate::transport::{ByteSink as _, StreamChannel};
 
 /// A guest that is to be protected by a standby ([`StandbySession`](crate::session::StandbySession)).
 pub struct CheckpointSession {
@@ -114,33 +113,6 @@ impl Drop for CheckpointHandle {
     }
 }
 
-/// The messages of the standby.
-struct Answers {
-    channel: StreamChannel,
-    head: [u8; HEAD_LEN],
-    have: usize,
-}
-
-impl Answers {
-    /// The next message; `None` if the wait was stopped.
-    fn next(&mut self, stop: &Stop) -> Result<Option<StandbyMessage>, Error> {
-        while self.have < HEAD_LEN {
-            match self.channel.recv(&mut [RecvPart::Own(&mut self.head[self.have..])], stop) {
-                Ok(0) => {
-                    let peer = self.channel.peer().to_owned();
-                    return Err(ChannelError::Closed { peer, doing: "waiting for the standby" }.into());
-                }
-                Ok(got) => self.have += got,
-                Err(ChannelError::Stopped { .. }) => return Ok(None),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.have = 0;
-        let message = StandbyMessage::decode(&self.head);
-        Ok(Some(message.map_err(|error| Error::PeerFailed { why: error.to_string() })?))
-    }
-}
-
 /// The pages that are dirty.
 struct Pages {
     dirty: DirtyMap,
@@ -188,7 +160,7 @@ impl Running {
         Self {
             engine: CheckpointEngine::new(config),
             pages: Pages { dirty, search: PageSearch::default(), batch: PageBatch::default() },
-            answers: back.map(|channel| Answers { channel, head: [0; HEAD_LEN], have: 0 }),
+            answers: back.map(Answers::of),
             guest,
             sink,
             observer,
@@ -331,138 +303,17 @@ impl Running {
         Ok(CheckpointEvent::Done)
     }
 
-    fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        Ok(self.sink.send(&[SendPart::Own(bytes)], &Stop::never())?)
-    }
-
-    fn greet(&mut self) -> Result<(), Error> {
-        let table = self.guest.memory.table();
-        let (page, blocks) = (table.page().bytes() as u32, table.blocks().len() as u64);
-        let mut out = CheckpointMessage::Hello { page, blocks }.encode().to_vec();
-        for block in table.blocks() {
-            let name = block.name.as_str().as_bytes();
-            let head = CheckpointMessage::Block { len: block.used_length, name: name.len() as u64 };
-            out.extend_from_slice(&head.encode());
-            out.extend_from_slice(name);
-        }
-        self.send(&out)?;
-        self.await_answer(StandbyMessage::Ready, "that it has memory")
-    }
-
-    fn release(&mut self) -> Result<(), Error> {
-        self.send(&CheckpointMessage::Release.encode())?;
-        self.await_answer(StandbyMessage::Released, "that it has forgotten the guest")
-    }
-
-    fn await_answer(&mut self, due: StandbyMessage, what: &'static str) -> Result<(), Error> {
-        let after = self.settings.confirm_timeout;
-        let stop = Stop::on(&CancelToken::default()).within(after);
-        let answers = self.answers.as_mut().ok_or_else(one_way)?;
-        match answers.next(&stop)? {
-            Some(message) if message == due => Ok(()),
-            Some(StandbyMessage::Taken(number)) => {
-                self.answered(StandbyMessage::Taken(number));
-                Ok(())
-            }
-            Some(_) => Err(out_of_turn()),
-            None => {
-                let remedy =
-                    Remedy::Advice("see whether its host is overloaded, or raise the confirm timeout");
-                Err(Error::NoAnswer { what, after, remedy })
-            }
-        }
-    }
-
-    /// Sends all dirty pages, a batch at a time.
-    fn send_dirty(&mut self) -> Result<(), Error> {
-        loop {
-            // Not later: a standby that starts the guest is not sent all that is left first.
-            self.listen(&Stop::never().within(Duration::ZERO));
-            if self.engine.is_ending() {
-                return Ok(());
-            }
-            self.pages.batch.clear();
-            while self.pages.batch.whole_pages() < BATCH {
-                let room = BATCH - self.pages.batch.whole_pages();
-                let Some(run) = self.pages.search.next_run(&mut self.pages.dirty, room) else { break };
-                // The bits are cleared, now the log is armed again, only then are the bytes read.
-                if let Some(chunk) = self.pages.dirty.take_clear_chunk(run) {
-                    for source in &self.guest.dirty {
-                        named("calling DirtySource::reprotect", || source.reprotect(chunk))?;
-                    }
-                }
-                classify(&*self.guest.memory, run, ZeroDetection::Legacy, &mut self.pages.batch)?;
-            }
-            if self.pages.batch.is_empty() {
-                return Ok(());
-            }
-            self.send_batch()?;
-        }
-    }
-
-    fn send_batch(&mut self) -> Result<(), Error> {
-        let memory = &*self.guest.memory;
-        let mut messages = Vec::new();
-        for piece in self.pages.batch.pieces() {
-            let PageRun { block, first, pages } = piece.run;
-            match piece.verdict {
-                Verdict::Zero => {
-                    let head = CheckpointMessage::Zeros { block, first: first.0, pages };
-                    messages.push((head.encode(), None));
-                }
-                _ => {
-                    for at in (0..pages).step_by(MAX_RUN as usize) {
-                        let (first, pages) = (first.0 + at, MAX_RUN.min(pages - at));
-                        let run = PageRun { block, first: PageIndex(first), pages };
-                        let landing = memory.table().admit_run(run).map_err(GuestError::from)?;
-                        let head = CheckpointMessage::Pages { block, first, pages };
-                        messages.push((head.encode(), Some(span_of(memory, landing)?)));
-                    }
-                }
-            }
-        }
-        let parts = messages
-            .iter()
-            .flat_map(|(head, span)| std::iter::once(SendPart::Own(head)).chain(span.map(SendPart::Guest)));
-        self.sink.send(&parts.collect::<Vec<_>>(), &Stop::never())?;
-        self.figures.in_checkpoint += self.pages.batch.pages();
-        self.figures.pages += self.pages.batch.pages();
-        Ok(())
-    }
-
-    fn save_state(&mut self, number: u64) -> Result<(), Error> {
-        let saved = save_state(self.guest.control.as_mut());
-        let state = saved.map_err(|source| Error::Control { what: "save its device state", source })?;
-        named("calling CheckpointObserver::taken", || self.observer.taken(number));
-        let head = CheckpointMessage::State(state.len() as u64).encode();
-        Ok(self.sink.send(&[SendPart::Own(&head), SendPart::Own(&state)], &Stop::never())?)
-    }
-
     fn report(self, outcome: CheckpointOutcome) -> CheckpointReport {
         let figures = self.figures;
+        let cause = self.engine.cause();
         CheckpointReport {
             outcome,
-            error: self.error,
+            error: self.error.or_else(|| Some(error_of(cause?, self.settings.confirm_timeout))),
             safe: figures.safe,
             pages: figures.pages,
             bytes: self.sink.position(),
             pauses: figures.pauses.summary(),
             not_resumed: figures.not_resumed && outcome != CheckpointOutcome::Taken,
         }
-    }
-}
-
-fn out_of_turn() -> Error {
-    Error::OutOfTurn {
-        what: "a message that was not due".into(),
-        at: None,
-        while_doing: "checkpoints are taken",
-    }
-}
-
-fn one_way() -> Error {
-    Error::Config {
-        what: "a standby's answers can't come on this connection".into(),
-        remedy: Remedy::Advice("use a connection of both directions"),
     }
 }

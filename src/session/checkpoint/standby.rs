@@ -8,7 +8,7 @@ use crossbeam::channel::{Receiver, bounded};
 
 use super::inbox::Inbox;
 use super::{StandbyReport, StandbySettings, refuse_ignored};
-use crate::engine::{StandbyAction, StandbyEnding, StandbyEngine, StandbyEvent};
+use crate::engine::{StandbyAction, StandbyDoubt, StandbyEnding, StandbyEngine, StandbyEvent};
 use crate::error::{Chain, Remedy};
 use crate::guest::{CheckpointCache, GuestMemory, load_state};
 use crate::ram::{BlockName, MAX_BLOCKS, PageRun, RamBlock};
@@ -26,6 +26,8 @@ const APPLIED_AT_ONCE: u64 = 4096;
 const STATE_PIECE: u64 = 1 << 20;
 /// Longest time in which a source that may be dead is told that its guest was taken.
 const TELL_TIMEOUT: Duration = Duration::from_secs(1);
+/// Longest time in which a source takes an answer that it waits for.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A standby before it has a guest.
 pub struct StandbySession {
@@ -58,7 +60,7 @@ impl StandbySession {
     }
 }
 
-/// A standby that keeps a guest. Dropping the handle discards it.
+/// A standby that keeps a guest. Dropping the handle discards it, unless it was to start.
 #[must_use = "dropping the handle discards the standby's guest"]
 pub struct StandbyHandle {
     inbox: Arc<Inbox<StandbyEvent>>,
@@ -68,12 +70,13 @@ pub struct StandbyHandle {
 impl StandbyHandle {
     /// Starts the guest here, from the last checkpoint that has come whole. **The source must be dead**, or kept from
     /// running its guest in another way (fencing): a source that still runs is told if it can be reached, and pauses its
-    /// guest only then.
+    /// guest only then. Of this and [`discard`](Self::discard) the first call counts: from here on the handle may be
+    /// dropped.
     pub fn activate(&self) {
         self.inbox.put(StandbyEvent::Activate);
     }
 
-    /// There is to be no guest here.
+    /// There is to be no guest here, unless it was [to start](Self::activate) before.
     pub fn discard(&self) {
         self.inbox.put(StandbyEvent::Discard);
     }
@@ -111,7 +114,6 @@ struct Kept {
 /// What has come of the checkpoint that arrives.
 #[derive(Default)]
 struct Arriving {
-    is_open: bool,
     pages: u64,
     has_state: bool,
 }
@@ -148,7 +150,7 @@ impl Running {
         self.engine.handle(StandbyEvent::Begin);
         loop {
             self.take_commands();
-            if self.engine.is_lost() {
+            if self.engine.gives_source_up() {
                 // A source that was not understood learns that at once.
                 self.channel.breaker().close();
             }
@@ -160,6 +162,9 @@ impl Running {
                     // A command that ended a wait counts before the wait's end.
                     self.take_commands();
                     self.engine.handle(event);
+                    if let Some(doubt) = self.engine.doubt() {
+                        self.error.get_or_insert_with(|| doubted(doubt));
+                    }
                 }
                 // Only the embedder decides now.
                 None => drop(Stop::on(&self.inbox.wake()).sleep(Duration::MAX)),
@@ -173,7 +178,13 @@ impl Running {
         }
     }
 
+    /// A wait for the source that a command has ended, in the middle of whatever came, is no loss of the source: the
+    /// command counts, and a source whose guest starts here is told.
     fn keep(&mut self, error: Error) -> StandbyEvent {
+        let is_commanded = matches!(error, Error::Channel(ChannelError::Stopped { .. }));
+        if is_commanded && self.engine.receives() {
+            return StandbyEvent::Done;
+        }
         tracing::warn!(error = %Chain(&error), "the standby's step failed");
         self.error.get_or_insert(error);
         if self.engine.receives() { StandbyEvent::Lost } else { StandbyEvent::Failed }
@@ -183,10 +194,13 @@ impl Running {
         match action {
             StandbyAction::Greet => self.greet()?,
             StandbyAction::Receive => return self.receive(),
-            StandbyAction::Confirm(number) => self.send(StandbyMessage::Confirm(number), &Stop::never())?,
+            StandbyAction::Confirm(number) => {
+                self.send(StandbyMessage::Confirm(number), &Stop::never().within(ANSWER_TIMEOUT))?;
+            }
             StandbyAction::Apply(_) => while !self.kept()?.cache.apply(APPLIED_AT_ONCE)? {},
-            StandbyAction::TellTaken(number) => {
-                let told = self.send(StandbyMessage::Taken(number), &Stop::never().within(TELL_TIMEOUT));
+            StandbyAction::TellTaken => {
+                let message = StandbyMessage::Taken(self.engine.applied());
+                let told = self.send(message, &Stop::never().within(TELL_TIMEOUT));
                 self.channel.breaker().close();
                 // Memory for the guest that runs here from now on.
                 if let Some(kept) = &mut self.kept {
@@ -245,7 +259,7 @@ impl Running {
         let memory = named("calling MemoryProvider::provide", || self.guest.memory.provide(&incoming))?;
         self.kept =
             Some(Kept { blocks: found(&incoming, &*memory, page)?, cache: CheckpointCache::new(memory)? });
-        self.send(StandbyMessage::Ready, &Stop::never())
+        self.send(StandbyMessage::Ready, &Stop::never().within(ANSWER_TIMEOUT))
     }
 
     fn announced(&mut self) -> Result<RamBlock, Error> {
@@ -262,22 +276,14 @@ impl Running {
     /// Messages until one of them is the engine's to know, or the embedder commands.
     fn receive(&mut self) -> Result<StandbyEvent, Error> {
         loop {
-            let message = match self.message() {
-                Err(Error::Channel(ChannelError::Stopped { .. })) => return Ok(StandbyEvent::Done),
-                message => message?,
-            };
-            let is_open = self.arriving.is_open;
-            match message {
-                CheckpointMessage::Open(number) if !is_open => {
-                    self.arriving = Arriving { is_open: true, ..Arriving::default() };
+            let is_open = self.engine.is_open();
+            match self.message()? {
+                CheckpointMessage::Open(number) => {
+                    self.arriving = Arriving::default();
                     return Ok(StandbyEvent::Opened(number));
                 }
                 CheckpointMessage::Pages { block, first, pages } if is_open => {
-                    let done = self.pages(block, first, pages);
-                    if let Err(Error::Channel(ChannelError::Stopped { .. })) = done {
-                        return Ok(StandbyEvent::Done);
-                    }
-                    done?;
+                    self.pages(block, first, pages)?;
                 }
                 CheckpointMessage::Zeros { block, first, pages } if is_open => {
                     self.zeros(block, first, pages)?
@@ -349,6 +355,21 @@ impl Running {
     fn report(self, ending: StandbyEnding) -> StandbyReport {
         StandbyReport { ending, error: self.error, last: self.engine.applied() }
     }
+}
+
+fn doubted(doubt: StandbyDoubt) -> Error {
+    let what = match doubt {
+        StandbyDoubt::Opened { number, due } => {
+            format!("the beginning of checkpoint {number}, where that or the end of {due} was due")
+        }
+        StandbyDoubt::Closed { number, due: Some(due) } => {
+            format!("the end of checkpoint {number}, where {due} had begun")
+        }
+        StandbyDoubt::Closed { number, due: None } => {
+            format!("the end of checkpoint {number}, where none had begun")
+        }
+    };
+    out_of_turn(&what, "keeping checkpoints")
 }
 
 /// Where the announced blocks are in the guest's own table.

@@ -10,7 +10,7 @@ use crate::error::Chain;
 use crate::guest::{MappedGuest, SoftwareBitmap, TestMachine};
 use crate::ram::{BlockName, RamBlock};
 use crate::session::{DestinationGuest, SourceGuest};
-use crate::stream::checkpoints::CheckpointMessage;
+use crate::stream::checkpoints::{CheckpointMessage, HEAD_LEN, StandbyMessage};
 use crate::sys::Mapping;
 use crate::transport::{StreamChannel, StreamOptions};
 use crate::units::{BlockIndex, BlockOffset, PageSize};
@@ -233,7 +233,7 @@ fn what_is_no_checkpoint_starts_no_guest() {
         (greeting(&[("ram", 9), ("rom", 3)]), "this guest"),
         (greeting(&[("ram", 8), ("other", 3)]), "no RAM block is called"),
         (b"QEVM\0\0\0\x03 a stream of another kind..".to_vec(), "speaks no checkpoints"),
-        (after(&[Open(2)]), ""),
+        (after(&[Open(2)]), "the beginning of checkpoint 2"),
         (after(&[Pages { block, first: 0, pages: 1 }]), "Pages"),
         (after(&[Open(1), Zeros { block, first: 7, pages: 2 }]), "end beyond the block"),
         (after(&[Open(1), Zeros { block: BlockIndex(9), first: 0, pages: 1 }]), "no RAM block"),
@@ -241,8 +241,8 @@ fn what_is_no_checkpoint_starts_no_guest() {
         (after(&[Open(1), State(u64::MAX)]), "more device state"),
         (after(&[Open(1), State(0), Close { number: 1, pages: 1 }]), "of which 0 came"),
         (after(&[Open(1), Close { number: 1, pages: 0 }]), "the end of a checkpoint"),
-        (after(&[Open(1), State(0), Close { number: 2, pages: 0 }]), ""),
-        (after(&[Open(1), Open(1)]), "Open"),
+        (after(&[Open(1), State(0), Close { number: 2, pages: 0 }]), "where 1 had begun"),
+        (after(&[Open(1), Open(1)]), "the beginning of checkpoint 1"),
         (after(&[Open(1), Release]), "Release"),
         (after(&[Open(1), Pages { block, first: 0, pages: 3 }]), "closed the connection"),
     ];
@@ -253,6 +253,152 @@ fn what_is_no_checkpoint_starts_no_guest() {
         assert!(matches!(report.ending, StandbyEnding::Nothing | StandbyEnding::Discarded), "{text}");
         assert!(!machine.runs() && report.last == 0, "{text}");
     }
+}
+
+/// The bytes of a whole checkpoint of one page.
+fn checkpoint_bytes(number: u64) -> Vec<u8> {
+    use CheckpointMessage::{Close, Open, Pages, State};
+    let block = BlockIndex(0);
+    let parts = [
+        (Open(number), &[][..]),
+        (Pages { block, first: number, pages: 1 }, &[7; 4096]),
+        (State(7), b"devices"),
+        (Close { number, pages: 1 }, &[]),
+    ];
+    parts.iter().flat_map(|(head, body)| head.encode().into_iter().chain(body.iter().copied())).collect()
+}
+
+/// A standby whose source has sent `bytes` behind its greeting, all of which were read, and its answers so far.
+fn standby_that_has_read(bytes: &[u8], answers: usize) -> (StandbyHandle, TestMachine, UnixStream) {
+    let (near, far) = UnixStream::pair().unwrap();
+    let unread = far.try_clone().unwrap();
+    let machine = TestMachine::default();
+    let guest = DestinationGuest { memory: Box::new(memory(8)), control: Box::new(machine.clone()) };
+    let standby = StandbySession::new(guest, channel(far), StandbySettings::default()).spawn().unwrap();
+    (&near).write_all(&greeting(&[("ram", 8), ("rom", 3)])).unwrap();
+    (&near).write_all(bytes).unwrap();
+    (&near).read_exact(&mut vec![0; answers * HEAD_LEN]).unwrap();
+    while rustix::io::ioctl_fionread(&unread).unwrap() > 0 {
+        std::thread::yield_now();
+    }
+    (standby, machine, near)
+}
+
+/// Wherever the bytes of a source end when the embedder takes its guest: the source is told.
+#[test]
+fn a_source_is_told_that_its_guest_was_taken_whatever_was_arriving() {
+    let (first, second) = (checkpoint_bytes(1), checkpoint_bytes(2));
+    let page = 32 + 32;
+    let state = page + 4096;
+    let cuts =
+        [0, 1, 31, 32, 33, page - 1, page, page + 1, page + 4095, state, state + 31, state + 32, state + 35]
+            .into_iter()
+            .chain([state + 32 + 7, second.len() - 1]);
+    for cut in cuts {
+        let bytes = [&first[..], &second[..cut]].concat();
+        // READY and the confirmation of the first.
+        let (standby, machine, mut near) = standby_that_has_read(&bytes, 2);
+        standby.activate();
+        let mut told = Vec::new();
+        let _ = near.read_to_end(&mut told);
+        let head = told.first_chunk().unwrap_or_else(|| panic!("after {cut} bytes nothing was said"));
+        assert_eq!(StandbyMessage::decode(head), Ok(StandbyMessage::Taken(1)), "after {cut} bytes");
+        let report = standby.wait().unwrap();
+        assert_eq!((report.ending, report.last), (StandbyEnding::Active(1), 1), "after {cut} bytes");
+        assert!(machine.runs());
+    }
+}
+
+/// A handle that is dropped says that there is to be no guest, and comes too late.
+#[test]
+fn a_standby_that_was_told_to_start_does_not_discard_its_guest() {
+    let (standby, machine, _near) = standby_that_has_read(&checkpoint_bytes(1), 2);
+    standby.activate();
+    standby.discard();
+    let report = standby.wait().unwrap();
+    assert_eq!(report.ending, StandbyEnding::Active(1), "{:?}", report.error);
+    assert!(machine.runs());
+}
+
+/// A standby that does not take the bytes of a checkpoint: its guest runs on, and nothing protects it.
+#[test]
+fn a_standby_that_takes_nothing_keeps_the_guest_paused_for_a_limited_time() {
+    let vm = Vm::new();
+    let (near, far) = UnixStream::pair().unwrap();
+    let (tell, told) = mpsc::channel();
+    let watch = Watch { tell, memory: vm.memory.clone(), kept: Arc::default() };
+    let settings = CheckpointSettings {
+        interval: None,
+        confirm_timeout: std::time::Duration::from_millis(200),
+        ..CheckpointSettings::default()
+    };
+    let source = CheckpointSession::new(vm.guest(), channel(near), Box::new(watch), settings).unwrap();
+    let source = source.spawn().unwrap();
+    let head = |len: usize| (&far).read_exact(&mut vec![0; len]).unwrap();
+    head(greeting(&[("ram", PAGES), ("rom", 3)]).len());
+    (&far).write_all(&StandbyMessage::Ready.encode()).unwrap();
+    // All memory is zero: a few messages. Then the device state, and CLOSE.
+    let mut number = 0;
+    while number != 1 {
+        let mut bytes = [0; HEAD_LEN];
+        (&far).read_exact(&mut bytes).unwrap();
+        match CheckpointMessage::decode(&bytes).unwrap() {
+            CheckpointMessage::State(len) => head(len as usize),
+            CheckpointMessage::Close { number: closed, .. } => number = closed,
+            _ => {}
+        }
+    }
+    (&far).write_all(&StandbyMessage::Confirm(1).encode()).unwrap();
+    assert_eq!((told.recv(), told.recv()), (Ok(("taken", 1)), Ok(("safe", 1))));
+    // More than a socket holds, and nobody reads.
+    (0..PAGES).for_each(|page| vm.write(page, page | 1));
+    source.checkpoint();
+    let report = source.wait().unwrap();
+    assert_eq!((report.outcome, report.not_resumed, report.safe), (CheckpointOutcome::Unprotected, false, 1));
+    assert!(vm.machine.runs());
+    let text = report.error.map(|error| Chain(&error).to_string()).unwrap_or_default();
+    assert!(text.contains("has not taken all bytes") && text.contains("0.2 s"), "{text}");
+}
+
+/// A protection that ends by itself says why.
+#[test]
+fn a_checkpoint_that_is_not_confirmed_is_the_reason() {
+    let vm = Vm::new();
+    let (near, far) = UnixStream::pair().unwrap();
+    let (tell, _told) = mpsc::channel();
+    let watch = Watch { tell, memory: vm.memory.clone(), kept: Arc::default() };
+    let settings = CheckpointSettings {
+        confirm_timeout: std::time::Duration::from_millis(200),
+        ..CheckpointSettings::default()
+    };
+    let source = CheckpointSession::new(vm.guest(), channel(near), Box::new(watch), settings).unwrap();
+    (&far).write_all(&StandbyMessage::Ready.encode()).unwrap();
+    let report = source.spawn().unwrap().wait().unwrap();
+    assert_eq!((report.outcome, report.safe), (CheckpointOutcome::Unprotected, 0));
+    let text = report.error.map(|error| Chain(&error).to_string()).unwrap_or_default();
+    assert!(text.contains("that it has a checkpoint within"), "{text}");
+    assert!(vm.machine.runs());
+}
+
+/// A provider that has more blocks than the source: nothing would fill them.
+#[test]
+fn a_standby_has_no_block_that_the_source_has_not() {
+    struct More(Arc<MappedGuest>);
+    impl crate::session::MemoryProvider for More {
+        fn provide(&mut self, _: &crate::session::Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+            Ok(self.0.clone())
+        }
+    }
+    let (near, far) = UnixStream::pair().unwrap();
+    let machine = TestMachine::default();
+    let guest = DestinationGuest { memory: Box::new(More(memory(8))), control: Box::new(machine.clone()) };
+    let standby = StandbySession::new(guest, channel(far), StandbySettings::default()).spawn().unwrap();
+    (&near).write_all(&greeting(&[("ram", 8)])).unwrap();
+    assert_eq!((&near).read_to_end(&mut Vec::new()).unwrap(), 0, "it is not ready");
+    let report = standby.wait().unwrap();
+    let text = report.error.map(|error| Chain(&error).to_string()).unwrap_or_default();
+    assert!(text.contains("RAM block rom: the source has none of this name"), "{text}");
+    assert_eq!(report.ending, StandbyEnding::Discarded);
 }
 
 #[test]

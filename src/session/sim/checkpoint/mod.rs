@@ -45,6 +45,10 @@ fn a_guest_starts_from_a_whole_checkpoint_and_runs_once() {
         "activated while a checkpoint is applied",
         "activated before the first checkpoint",
         "the source learns that its guest was taken",
+        "paused for too long",
+        "not confirmed in time",
+        "memory could not be written to",
+        "the device state could not be loaded",
     ];
     survey(SEEDS, |seed| run(seed, CheckpointBreakage::None), |world| world.findings, describe, &all);
 }
@@ -63,6 +67,14 @@ fn each_order_of_a_checkpoint_is_needed() {
         (CheckpointBreakage::ActivateReleased, ["both sides run"]),
         (CheckpointBreakage::PlaceEarly, ["memory is of no moment"]),
         (CheckpointBreakage::StateEarly, ["device state is of another moment"]),
+        (CheckpointBreakage::LeaveLogsOn, ["a log is left on"]),
+        (CheckpointBreakage::WaitPaused, ["stands still for too long"]),
+        (CheckpointBreakage::WaitUnconfirmed, ["the source does not end"]),
+        (CheckpointBreakage::DiscardActivated, ["was to start is given up"]),
+        (CheckpointBreakage::StartUntold, ["a guest that was taken runs"]),
+        (CheckpointBreakage::StartFromNothing, ["starts from no checkpoint"]),
+        (CheckpointBreakage::StartTorn, ["memory is of no moment"]),
+        (CheckpointBreakage::StartUnloaded, ["device state is of another moment"]),
     ];
     finds_each(MUTANT_SEEDS, orders, |seed, order| run(seed, order).findings.violations());
 }

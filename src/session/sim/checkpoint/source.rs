@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::plan::{Answer, Fault, Page, Plan, STEP, Sent};
+use super::plan::{Answer, CONFIRM_TIMEOUT, Fault, Page, Plan, STEP, Sent};
 use super::world::World;
 use crate::engine::{
     CheckpointAction, CheckpointBreakage, CheckpointEngine, CheckpointEvent, CheckpointOutcome,
@@ -20,6 +20,12 @@ pub(super) struct Source {
     pub(super) released_at: Option<u64>,
     pub(super) doing: Option<CheckpointAction>,
     pub(super) actions: u64,
+    /// Since when it waits for the standby to take bytes.
+    pub(super) waits_since: Option<u64>,
+    pub(super) paused_at: u64,
+    pub(super) logs_are_on: bool,
+    /// It has an error to report.
+    pub(super) has_error: bool,
     pub(super) runs: bool,
     pub(super) lives: bool,
     pub(super) outcome: Option<CheckpointOutcome>,
@@ -40,6 +46,10 @@ impl Source {
             released_at: None,
             doing: None,
             actions: 0,
+            waits_since: None,
+            paused_at: 0,
+            logs_are_on: false,
+            has_error: false,
             runs: true,
             lives: true,
             outcome: None,
@@ -55,11 +65,12 @@ impl Source {
 impl World {
     pub(super) fn tell(&mut self, event: CheckpointEvent) {
         self.source.doing = None;
-        self.source.engine.handle(STEP * self.now as u32, event);
+        self.tell_beside(event);
     }
 
     /// An event that is no answer to an action.
     pub(super) fn tell_beside(&mut self, event: CheckpointEvent) {
+        self.source.has_error |= event == CheckpointEvent::Lost;
         self.source.engine.handle(STEP * self.now as u32, event);
     }
 
@@ -95,7 +106,9 @@ impl World {
                 let may_fail = !matches!(action, CheckpointAction::Finish(_) | CheckpointAction::Resume);
                 if self.plan.fault == Fault::Action(self.source.actions) && may_fail {
                     self.findings.saw("an action failed");
-                    return self.tell(CheckpointEvent::Failed);
+                    // Every log is stopped, even if one refuses.
+                    self.source.logs_are_on &= action != CheckpointAction::StopLogs;
+                    return self.fails();
                 }
             }
             return self.perform(action);
@@ -103,6 +116,40 @@ impl World {
         if self.source.engine.wake_at().is_some_and(|at| STEP * self.now as u32 >= at) {
             self.tell_beside(CheckpointEvent::Time);
         }
+    }
+
+    fn fails(&mut self) {
+        self.source.has_error = true;
+        self.tell(CheckpointEvent::Failed);
+    }
+
+    /// True while a slow standby takes nothing. A wait that has a limit ends by itself, as a failure without an error of its
+    /// own.
+    fn waits_for_room(&mut self, action: CheckpointAction) -> bool {
+        use CheckpointAction::{Close, Open, SaveState, Send};
+        let Fault::Slow(at, period) = self.plan.fault else { return false };
+        let sends = matches!(action, Open(_) | Send | SaveState(_) | Close(_));
+        let takes = self.now < at || (period > 0 && self.now % period == 0);
+        if takes || !sends {
+            self.source.waits_since = None;
+            return false;
+        }
+        if self.source.engine.is_ending() {
+            self.fails();
+            return true;
+        }
+        let now = STEP * self.now as u32;
+        let since = *self.source.waits_since.get_or_insert(self.now);
+        match self.source.engine.give_up_at() {
+            Some(at) if now >= at => {
+                self.findings.saw("paused for too long");
+                self.tell(CheckpointEvent::Failed);
+            }
+            None if !self.source.runs => {}
+            None if self.now > since + CONFIRM_TIMEOUT => self.fails(),
+            _ => {}
+        }
+        true
     }
 
     fn source_hears(&mut self) {
@@ -123,15 +170,19 @@ impl World {
     }
 
     fn perform(&mut self, action: CheckpointAction) {
+        if self.waits_for_room(action) {
+            return;
+        }
         match action {
             CheckpointAction::StartLogs => {
+                self.source.logs_are_on = true;
                 self.source.log.clear();
                 self.source.dirty = self.source.memory.keys().copied().collect();
             }
             CheckpointAction::Open(number) => {
                 self.source.in_checkpoint = 0;
                 if !self.sends(Sent::Open(number)) {
-                    return self.tell(CheckpointEvent::Failed);
+                    return self.fails();
                 }
             }
             CheckpointAction::Sync => {
@@ -144,13 +195,17 @@ impl World {
             CheckpointAction::Send if !self.source.dirty.is_empty() => {
                 let Some(page) = self.source.dirty.pop_first() else { return };
                 self.source.in_checkpoint += 1;
-                if !self.sends(Sent::Page(page, self.source.memory[&page])) || self.source.engine.is_ending()
-                {
-                    return self.tell(CheckpointEvent::Failed);
+                if !self.sends(Sent::Page(page, self.source.memory[&page])) {
+                    return self.fails();
+                }
+                self.tell_beside(CheckpointEvent::Time);
+                if self.source.engine.is_ending() {
+                    self.tell(CheckpointEvent::Done);
                 }
                 return;
             }
-            CheckpointAction::Pause => self.source.runs = false,
+            CheckpointAction::Pause => (self.source.runs, self.source.paused_at) = (false, self.now),
+            CheckpointAction::StopLogs => self.source.logs_are_on = false,
             CheckpointAction::SaveState(_) => drop(self.sends(Sent::State(self.source.device))),
             CheckpointAction::Close(number) => {
                 let pages = self.source.in_checkpoint;
@@ -166,7 +221,7 @@ impl World {
                 // The answer comes by itself, or the connection is lost, or it takes too long.
                 let is_late = self.source.released_at.is_some_and(|at| self.now > at + 2000);
                 if self.source.engine.is_ending() || is_late {
-                    return self.tell(CheckpointEvent::Failed);
+                    return self.fails();
                 }
                 if self.source.released_at.is_none() {
                     self.source.released_at = Some(self.now);
@@ -179,7 +234,7 @@ impl World {
                 self.is_connected &= outcome == CheckpointOutcome::Stopped;
                 return;
             }
-            CheckpointAction::Send | CheckpointAction::Greet | CheckpointAction::StopLogs => {}
+            CheckpointAction::Send | CheckpointAction::Greet => {}
         }
         if action == CheckpointAction::Pause {
             let number = self.moments.keys().next_back().map_or(1, |last| last + 1);

@@ -19,6 +19,11 @@ pub(super) struct Standby {
     pub(super) come: u64,
     pub(super) device: u64,
     pub(super) was_released: bool,
+    /// Parts of checkpoints that were applied.
+    applied_parts: u64,
+    /// The first command of its embedder: the guest is to start.
+    pub(super) is_to_start: Option<bool>,
+    pub(super) is_torn: bool,
     pub(super) runs: bool,
     pub(super) lives: bool,
     pub(super) ending: Option<StandbyEnding>,
@@ -48,6 +53,9 @@ impl Standby {
             come: 0,
             device: 0,
             was_released: false,
+            applied_parts: 0,
+            is_to_start: None,
+            is_torn: false,
             runs: false,
             lives: true,
             ending: None,
@@ -70,6 +78,11 @@ impl World {
         match action {
             StandbyAction::Receive => return self.receive(),
             StandbyAction::Confirm(number) => self.answers(Answer::Confirm(number)),
+            StandbyAction::Apply(_) if self.apply_fails() => {
+                self.findings.saw("memory could not be written to");
+                self.standby.is_torn = true;
+                return self.answer(StandbyEvent::Failed);
+            }
             // A page a step.
             StandbyAction::Apply(_) if !self.standby.cache.apply(1).unwrap() => {
                 // A command may have ended it.
@@ -79,9 +92,13 @@ impl World {
                 }
                 return;
             }
-            StandbyAction::TellTaken(_) => {
+            StandbyAction::TellTaken => {
                 self.answers(Answer::Taken);
                 self.is_connected = false;
+            }
+            StandbyAction::Load if self.plan.load_fails => {
+                self.findings.saw("the device state could not be loaded");
+                return self.answer(StandbyEvent::Failed);
             }
             StandbyAction::Load => {
                 let state = self.standby.cache.state();
@@ -96,6 +113,11 @@ impl World {
             StandbyAction::Greet | StandbyAction::Apply(_) => {}
         }
         self.answer(StandbyEvent::Done);
+    }
+
+    fn apply_fails(&mut self) -> bool {
+        self.standby.applied_parts += 1;
+        self.plan.apply_fails == Some(self.standby.applied_parts)
     }
 
     fn answers(&mut self, answer: Answer) {

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::super::findings::Findings;
 use super::super::plan::Rng;
-use super::plan::{Answer, Fault, LIFE, Page, Plan, STEPS, Sent};
+use super::plan::{Answer, CONFIRM_TIMEOUT, Fault, LIFE, Page, Plan, STEPS, Sent};
 use super::source::Source;
 use super::standby::Standby;
 use crate::engine::{
-    CheckpointBreakage, CheckpointEvent, CheckpointOutcome, StandbyAction, StandbyEnding, StandbyEvent,
+    CheckpointBreakage, CheckpointCause, CheckpointEvent, CheckpointOutcome, StandbyAction, StandbyEnding,
+    StandbyEvent,
 };
 
 pub(super) struct World {
@@ -68,8 +69,17 @@ impl World {
             let is_false = matches!(self.plan.fault, Fault::FalseDeath(_));
             self.findings
                 .must(is_false || !(self.source.runs && self.standby.runs), "both sides run the guest");
+            self.check_pause();
         }
         self.check();
+    }
+
+    /// The guest waits for its standby for a limited time. What is done when that is over takes steps, too.
+    fn check_pause(&mut self) {
+        let source = &self.source;
+        let stands_still = source.lives && !source.runs && source.outcome.is_none();
+        let is_long = stands_still && self.now > source.paused_at + CONFIRM_TIMEOUT + 200;
+        self.findings.must(!is_long, "the guest stands still for too long");
     }
 
     fn is_over(&self) -> bool {
@@ -112,7 +122,7 @@ impl World {
         }
         // In the end the embedder knows that the source has not died.
         if now > LIFE && self.source.outcome.is_some() && !self.source.runs_elsewhere() {
-            self.standby.engine.handle(StandbyEvent::Discard);
+            self.command(StandbyEvent::Discard);
         }
     }
 
@@ -120,51 +130,79 @@ impl World {
         if matches!(self.standby.doing, Some(StandbyAction::Apply(_))) {
             self.findings.saw("activated while a checkpoint is applied");
         }
-        self.standby.engine.handle(StandbyEvent::Activate);
-        if self.standby.engine.last() == 0 {
+        self.command(StandbyEvent::Activate);
+        if self.standby.engine.applied() == 0 {
             self.findings.saw("activated before the first checkpoint");
         }
+        if self.rng.one_in(3) {
+            // The handle is dropped.
+            self.command(StandbyEvent::Discard);
+        }
+    }
+
+    fn command(&mut self, command: StandbyEvent) {
+        self.standby.is_to_start.get_or_insert(command == StandbyEvent::Activate);
+        self.standby.engine.handle(command);
     }
 
     /// What must hold after any run.
     fn check(&mut self) {
         if self.source.lives {
-            match self.source.outcome {
-                None => self.findings.must(false, "the source does not end"),
-                Some(CheckpointOutcome::Taken) => {
-                    self.findings.must(!self.source.runs, "a guest that was taken runs")
-                }
-                Some(outcome) => {
-                    self.findings.must(self.source.runs, "the guest does not run on");
-                    self.findings.saw(if outcome == CheckpointOutcome::Stopped {
-                        "stopped"
-                    } else {
-                        "unprotected"
-                    });
-                }
-            }
+            self.check_source();
         }
         if self.standby.lives {
-            match self.standby.ending {
-                None => self.findings.must(false, "the standby does not end"),
-                Some(StandbyEnding::Released) => self.findings.saw("released"),
-                Some(StandbyEnding::Nothing) => {
-                    let safe = self.source.safe;
-                    self.findings.must(safe == 0, "a checkpoint that was safe is lost");
-                }
-                Some(_) => {}
-            }
+            self.check_standby();
         }
+        // These have ends of their own.
+        let is_usable = !self.standby.is_torn && !self.plan.load_fails;
         if matches!(self.plan.fault, Fault::FalseDeath(_)) {
             self.findings.must(!(self.source.runs && self.standby.runs), "a guest that was taken runs");
         }
-        if self.plan.fault == Fault::None {
+        if self.plan.fault == Fault::None && is_usable {
             let stopped = self.source.outcome == Some(CheckpointOutcome::Stopped);
             self.findings
                 .must(stopped && self.source.safe > 0, "nothing was wrong and nothing was protected");
         }
-        if matches!(self.plan.fault, Fault::KillSource(..)) && self.source.safe > 0 {
+        if matches!(self.plan.fault, Fault::KillSource(..)) && self.source.safe > 0 && is_usable {
             self.findings.must(self.standby.runs, "the guest runs nowhere");
+        }
+    }
+
+    fn check_source(&mut self) {
+        let Some(outcome) = self.source.outcome else {
+            return self.findings.must(false, "the source does not end");
+        };
+        self.findings.must(!self.source.logs_are_on, "a log is left on");
+        if outcome == CheckpointOutcome::Taken {
+            return self.findings.must(!self.source.runs, "a guest that was taken runs");
+        }
+        self.findings.must(self.source.runs, "the guest does not run on");
+        let cause = self.source.engine.cause();
+        match outcome {
+            CheckpointOutcome::Stopped => self.findings.saw("stopped"),
+            _ => {
+                self.findings.saw("unprotected");
+                self.findings.must(self.source.has_error || cause.is_some(), "nobody says why it ended");
+            }
+        }
+        if let Some(CheckpointCause::Unconfirmed(_)) = cause {
+            self.findings.saw("not confirmed in time");
+        }
+    }
+
+    fn check_standby(&mut self) {
+        match self.standby.ending {
+            None => self.findings.must(false, "the standby does not end"),
+            Some(StandbyEnding::Released) => self.findings.saw("released"),
+            Some(StandbyEnding::Nothing) => {
+                let safe = self.source.safe;
+                self.findings.must(safe == 0, "a checkpoint that was safe is lost");
+            }
+            Some(StandbyEnding::Discarded) => {
+                let was_to_start = self.standby.is_to_start == Some(true) && !self.standby.is_torn;
+                self.findings.must(!was_to_start, "a guest that was to start is given up");
+            }
+            Some(_) => {}
         }
     }
 }
