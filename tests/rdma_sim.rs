@@ -18,7 +18,7 @@ use ramwire::transport::rdma::{RdmaListener, connect_over};
 use ramwire::transport::{AllowList, ChannelError, RdmaOptions, ReadHints, StreamOptions};
 use ramwire::units::{BlockIndex, PageSize};
 use rdma_hooks::Fabric;
-use rdma_hooks::fabric::{ConnectParams, FabricError};
+use rdma_hooks::fabric::{ConnectParams, FabricError, ReadDepth};
 use rdma_hooks::sim::{Fault, Host, Sim, SimConfig};
 
 const BLOCKS: [(&str, u64); 3] = [("pc.ram", 6 << 20), ("pc.bios", 256 << 10), ("odd", (1 << 20) + 4096)];
@@ -284,7 +284,14 @@ fn r45_a_qemu_is_asked_for_a_return_path_only_if_the_operator_says_so() {
             let deadline = there.now() + Duration::from_secs(8);
             let stop = rdma_hooks::Stop::new(Some(deadline), rdma_hooks::Cancel::default());
             let private_data = vec![0, 0, 0, 1, 0, 0, 0, 0];
-            let params = ConnectParams { private_data, receives: 3, receive_bytes: 1 << 19, send_depth: 8 };
+            let params = ConnectParams {
+                private_data,
+                receives: 3,
+                receive_bytes: 1 << 19,
+                send_depth: 8,
+                reads: ReadDepth { own: 0, served: 2 },
+                read_pieces: 1,
+            };
             let _main = listener.next_request(&stop).unwrap().accept(&params, &stop).unwrap();
             match listener.next_request(&stop) {
                 Ok(_) => true,

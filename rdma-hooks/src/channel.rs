@@ -11,7 +11,8 @@ use crate::chunk::SpanId;
 use crate::control::{Kind, header};
 use crate::counters::Counters;
 use crate::fabric::{
-    Completion, CompletionStatus, ConnectParams, Endpoint, FabricError, LinkState, Operation, WriteRequest,
+    Completion, CompletionStatus, ConnectParams, Endpoint, FabricError, LinkState, Operation, ReadDepth,
+    WriteRequest,
 };
 use crate::hooks::HooksError;
 use crate::stop::{Stop, Stopped};
@@ -27,12 +28,22 @@ const FAREWELL: Duration = Duration::from_millis(100);
 /// Most latencies kept until they are collected.
 const MAX_LATENCIES: usize = 1 << 16;
 
+/// READs at a time that a QEMU source asks for and a QEMU destination offers.
+const QEMUS_READS: u8 = 2;
+
 /// Connection parameters of this crate: room for a deep queue of page writes and for a few messages of at most
 /// `receive_bytes`. The buffers are populated and registered before the connection is established, so they are no
-/// longer than the longest message.
+/// longer than the longest message. This end connects: it asks for the READs that a QEMU asks for, and posts none.
 pub(crate) fn connect_params(private_data: Vec<u8>, window: u16, receive_bytes: usize) -> ConnectParams {
     let receives = usize::from(window) + 3;
-    ConnectParams { private_data, receives, receive_bytes, send_depth: 512 }
+    let reads = ReadDepth { own: QEMUS_READS, served: 0 };
+    ConnectParams { private_data, receives, receive_bytes, send_depth: 512, reads, read_pieces: 1 }
+}
+
+/// The same for an end that accepts.
+pub(crate) fn accept_params(private_data: Vec<u8>, window: u16, receive_bytes: usize) -> ConnectParams {
+    let reads = ReadDepth { own: 0, served: QEMUS_READS };
+    ConnectParams { reads, ..connect_params(private_data, window, receive_bytes) }
 }
 
 /// What a write was for.

@@ -6,13 +6,35 @@
 //!
 //! # Rules every fabric keeps
 //!
-//! - Requests posted on one endpoint take effect at the peer in order; there is no order between endpoints.
-//! - A completion of a signalled request also completes everything posted before it on that endpoint.
+//! - Writes and messages posted on one endpoint take effect at the peer in order; there is no order between endpoints.
+//! - Completions of an endpoint come in the order of its requests. That of a signalled request also completes
+//!   everything posted before it on that endpoint.
+//! - A request that fails is the last one: its endpoint breaks, and everything posted after it completes as
+//!   [`Flushed`](CompletionStatus::Flushed).
 //! - No call waits longer than its argument allows, and none longer than [`TICK`](crate::stop::TICK) without looking at
 //!   its [`Stop`].
 //! - Dropping a [`Registration`] deregisters first and releases the memory afterwards.
+//!
+//! # RDMA READs
+//!
+//! [`Endpoint::post_reads`] brings bytes of the peer's registered memory into own registered memory; the peer's process
+//! takes no part. The rules are those of the InfiniBand specification:
+//!
+//! - The bytes are in place when the READ's completion is there, and not before: until then any part of them may be,
+//!   in any order. After a failure it is not known which are, even if all READs before it had completed.
+//! - A READ gets what writes posted before it on the same endpoint stored. Writes and messages posted *after* it may
+//!   take effect at the peer before its bytes are read: post them after its completion. Against other endpoints, and
+//!   against what the peer's processors store, there is no order at all: a range that changes meanwhile may come as a
+//!   mix of old and new.
+//! - At most [`Limits::reads`] are under way at a time. More are refused ([`FabricError::ReadDepth`]) and not queued:
+//!   a device holds back everything that is posted behind a READ too many, so the order of those that wait, and what
+//!   is urgent among them, is the caller's to decide.
+//! - Several endpoints to one peer are independent: a READ on one does not wait for those on another. Endpoints made by
+//!   one fabric object through one device share their registrations, so one key serves all of them; each has a depth
+//!   of its own. There is no priority between them: a device serves them in turn.
 
 mod error;
+mod reads;
 
 use std::any::Any;
 use std::fmt;
@@ -21,17 +43,31 @@ use std::time::{Duration, Instant};
 
 pub(crate) use error::chain;
 pub use error::{CompletionStatus, FabricError, Operation};
+pub(crate) use reads::Reads;
+pub use reads::{ReadDepth, ReadPiece, ReadRequest};
 
 use crate::region::HostRegion;
 use crate::stop::Stop;
 
-/// Access rights of registered memory, least first.
+/// A right on registered memory. [`Endpoint::register`] takes several, and every right includes [`Access::Read`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// This end's NIC reads it: source of writes.
     Read,
-    /// The peer may write to it, not read it.
+    /// This end's NIC writes to it: target of this end's READs (`IBV_ACCESS_LOCAL_WRITE` of `ibv_reg_mr(3)`).
+    LocalWrite,
+    /// The peer may write to it (`IBV_ACCESS_REMOTE_WRITE`), but not read it. Includes [`Access::LocalWrite`], as
+    /// `ibv_reg_mr(3)` demands.
     RemoteWrite,
+    /// The peer may read it (`IBV_ACCESS_REMOTE_READ`), but not write to it.
+    RemoteRead,
+}
+
+impl Access {
+    /// Whether these rights let this end's NIC write.
+    pub(crate) fn writes_locally(rights: &[Self]) -> bool {
+        rights.iter().any(|right| matches!(right, Self::LocalWrite | Self::RemoteWrite))
+    }
 }
 
 /// Which addresses name the registered bytes on the wire.
@@ -108,7 +144,7 @@ pub struct WriteRequest {
 /// What became of something posted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Completion {
-    /// The send or write with this id, and all before it, took effect.
+    /// The send, write or READ with this id, and all before it, took effect.
     Done {
         /// As posted.
         id: u64,
@@ -143,7 +179,7 @@ pub enum LinkState {
 /// Limits and abilities of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Maximum number of requests (sends and writes) outstanding at a time.
+    /// Maximum number of requests (sends, writes and READs) outstanding at a time.
     pub send_depth: usize,
     /// Messages up to this many bytes travel inside the request.
     pub inline_bytes: usize,
@@ -151,6 +187,12 @@ pub struct Limits {
     pub max_registration_bytes: u64,
     /// Registered memory need not be resident.
     pub on_demand: bool,
+    /// READs at a time, as agreed with the peer when the connection was made.
+    pub reads: ReadDepth,
+    /// Pieces of own memory that one READ may fill.
+    pub read_pieces: usize,
+    /// Longest READ, bytes: that of the port's messages.
+    pub read_bytes: u64,
 }
 
 /// How to connect or accept.
@@ -162,8 +204,14 @@ pub struct ConnectParams {
     pub receives: usize,
     /// Bytes in each.
     pub receive_bytes: usize,
-    /// Maximum number of requests outstanding at a time.
+    /// Maximum number of requests outstanding at a time; READs count.
     pub send_depth: usize,
+    /// READs to ask for, in both directions. A device that offers less and a peer that allows less are no error:
+    /// [`Limits::reads`] says what was agreed.
+    pub reads: ReadDepth,
+    /// Pieces of own memory that one READ may fill, to ask for: 1 or more. Each makes all requests of the queue pair
+    /// larger by a few bytes. [`Limits::read_pieces`] says what the device takes.
+    pub read_pieces: usize,
 }
 
 /// Makes connections.
@@ -242,7 +290,7 @@ pub trait Endpoint: Send {
         Ok(())
     }
 
-    /// Registers memory for this endpoint's domain.
+    /// Registers memory for this endpoint's domain with all of these rights; none are [`Access::Read`] alone.
     ///
     /// # Errors
     ///
@@ -250,7 +298,7 @@ pub trait Endpoint: Send {
     fn register(
         &self,
         region: &HostRegion,
-        access: Access,
+        access: &[Access],
         base: AddressBase,
     ) -> Result<Registration, FabricError>;
 
@@ -260,6 +308,23 @@ pub trait Endpoint: Send {
     ///
     /// [`FabricError::QueueFull`], [`FabricError::Verb`].
     fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError>;
+
+    /// Posts a chain of READs with one doorbell: `IBV_WR_RDMA_READ` of `ibv_post_send(3)`. A READ is under way until
+    /// [`poll`](Self::poll) has given its completion; [`Limits::reads`] says how many may be. See the
+    /// [module](self#rdma-reads) for what a completion says.
+    ///
+    /// The memory named by [`ReadRequest::into`] must stay registered until then, or until the endpoint is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::ReadDepth`] and [`FabricError::ReadShape`]: nothing was posted, and the endpoint is usable. After
+    /// [`FabricError::QueueFull`] and [`FabricError::Verb`] it can only be dropped.
+    ///
+    /// What the peer refuses is a [`Completion::Failed`]: [`RemoteAccess`](CompletionStatus::RemoteAccess) if its key
+    /// does not cover the range, is dead or is without [`Access::RemoteRead`];
+    /// [`LocalProtection`](CompletionStatus::LocalProtection) if an own key does not cover its piece or is without
+    /// [`Access::LocalWrite`].
+    fn post_reads(&mut self, chain: &[ReadRequest<'_>]) -> Result<(), FabricError>;
 
     /// Posts one message, copied from `parts` in order; always signalled.
     ///

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::fabric::{
     Access, AddressBase, Completion, ConnectParams, Endpoint, Fabric, FabricError, Incoming, Limits,
-    LinkState, Listener, Registration, WriteRequest,
+    LinkState, Listener, ReadRequest, Registration, WriteRequest,
 };
 use crate::region::HostRegion;
 use crate::stop::Stop;
@@ -16,6 +16,8 @@ use crate::stop::Stop;
 pub enum Posting<'a> {
     /// A chain of RDMA WRITEs, including probes of a quiet peer.
     Writes(&'a [WriteRequest]),
+    /// A chain of RDMA READs.
+    Reads(&'a [ReadRequest<'a>]),
     /// A message, in its parts. The first begins with its header.
     Message(&'a [&'a [u8]]),
 }
@@ -25,6 +27,7 @@ impl Posting<'_> {
     pub fn requests(&self) -> usize {
         match self {
             Self::Writes(chain) => chain.len(),
+            Self::Reads(chain) => chain.len(),
             Self::Message(_) => 1,
         }
     }
@@ -131,7 +134,7 @@ impl Endpoint for TappedEndpoint {
     fn register(
         &self,
         region: &HostRegion,
-        access: Access,
+        access: &[Access],
         base: AddressBase,
     ) -> Result<Registration, FabricError> {
         self.inner.register(region, access, base)
@@ -140,6 +143,11 @@ impl Endpoint for TappedEndpoint {
     fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError> {
         (self.tap)(Posting::Writes(chain));
         self.inner.post_writes(chain)
+    }
+
+    fn post_reads(&mut self, chain: &[ReadRequest<'_>]) -> Result<(), FabricError> {
+        (self.tap)(Posting::Reads(chain));
+        self.inner.post_reads(chain)
     }
 
     fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError> {

@@ -11,7 +11,7 @@ use common::pair::{both, open, ram, seconds, serve, span};
 use common::{MIB, PAGE, PORT};
 use rdma_hooks::capabilities::Capabilities;
 use rdma_hooks::control::{Kind, header};
-use rdma_hooks::fabric::{Completion, CompletionStatus, ConnectParams, Endpoint};
+use rdma_hooks::fabric::{Completion, CompletionStatus, ConnectParams, Endpoint, ReadDepth};
 use rdma_hooks::sim::{Fault, Host, SimConfig, SimFabric, SparseMemory};
 use rdma_hooks::{
     DestinationConfig, DestinationHooks, ExtensionOffer, Fabric, FabricError, Features, HooksError,
@@ -262,7 +262,14 @@ fn r15_a_message_longer_than_its_buffer_ends_both_ends_and_more_blocks_than_said
             let stop = seconds(&fabric, 10);
             let incoming = listener.next_request(&stop).unwrap();
             let private_data = Capabilities::default().encode();
-            let params = ConnectParams { private_data, receives: 4, receive_bytes: 1024, send_depth: 16 };
+            let params = ConnectParams {
+                private_data,
+                receives: 4,
+                receive_bytes: 1024,
+                send_depth: 16,
+                reads: ReadDepth::NONE,
+                read_pieces: 1,
+            };
             let mut endpoint = incoming.accept(&params, &stop).unwrap();
             let wait = |endpoint: &mut dyn Endpoint| {
                 let mut found = Vec::new();

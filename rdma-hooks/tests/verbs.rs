@@ -13,7 +13,7 @@ use common::device::address;
 use common::mapped::Mapped;
 use common::{Guest, Plan, Ram, TestMemory, receive, send};
 use rdma_hooks::fabric::{
-    Access, AddressBase, Completion, CompletionStatus, ConnectParams, Operation, WriteRequest,
+    Access, AddressBase, Completion, CompletionStatus, ConnectParams, Operation, ReadDepth, WriteRequest,
 };
 use rdma_hooks::verbs::{VerbsFabric, devices};
 use rdma_hooks::{
@@ -166,8 +166,14 @@ mod in_rxe_guest {
     fn a_write_without_a_key_fails_with_its_status_and_the_other_end_learns_of_it() {
         let address = address().expect("a device");
         let fabric = VerbsFabric::open().unwrap();
-        let params =
-            ConnectParams { private_data: vec![1; 8], receives: 2, receive_bytes: 4096, send_depth: 16 };
+        let params = ConnectParams {
+            private_data: vec![1; 8],
+            receives: 2,
+            receive_bytes: 4096,
+            send_depth: 16,
+            reads: ReadDepth::NONE,
+            read_pieces: 1,
+        };
         let mut listener = fabric.listen(&address, 0).unwrap();
         let port = listener.port();
         let stop = seconds(&fabric, 20);
@@ -183,8 +189,8 @@ mod in_rxe_guest {
         });
 
         let region = HostRegion::new(std::sync::Arc::new(Mapped::zeros(1 << 20)));
-        let local = here.register(&region, Access::Read, AddressBase::Host).unwrap();
-        let target = there.register(&region, Access::RemoteWrite, AddressBase::At(0)).unwrap();
+        let local = here.register(&region, &[Access::Read], AddressBase::Host).unwrap();
+        let target = there.register(&region, &[Access::RemoteWrite], AddressBase::At(0)).unwrap();
         assert_eq!(target.address, 0, "host addresses stay hidden");
         let write = |id, rkey, to| WriteRequest {
             id,

@@ -86,6 +86,34 @@ pub enum FabricError {
     /// More was posted than the queue holds.
     #[error("the send queue is full")]
     QueueFull,
+    /// More READs were to be posted than were agreed for the connection; nothing was posted.
+    #[error(
+        "{asked} RDMA READs cannot be posted while {under_way} are under way: the connection allows {depth} at a time \
+         ({})", more_reads(*.depth)
+    )]
+    ReadDepth {
+        /// READs to be posted.
+        asked: usize,
+        /// READs posted before whose completions were not given yet.
+        under_way: usize,
+        /// READs that the connection allows at a time.
+        depth: u8,
+    },
+    /// The scatter list of a READ is not one that the device takes; nothing was posted.
+    #[error(
+        "an RDMA READ of {bytes} bytes into {pieces} pieces of memory is not possible: a READ fills 1 to {most_pieces} \
+         pieces that are not empty, of at most {most_bytes} bytes together (split it)"
+    )]
+    ReadShape {
+        /// Pieces of the READ.
+        pieces: usize,
+        /// Bytes of the READ.
+        bytes: u64,
+        /// Pieces that a READ may have.
+        most_pieces: usize,
+        /// Bytes that a READ may have.
+        most_bytes: u64,
+    },
     /// The peer's end is gone, or it ended the connection.
     #[error("the peer disconnected; its log says why")]
     Disconnected,
@@ -108,6 +136,14 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// What helps if READs are refused.
+fn more_reads(depth: u8) -> &'static str {
+    match depth {
+        0 => "both ends must ask for READs when they connect, and both devices must offer them",
+        _ => "wait for completions",
+    }
+}
+
 /// ` (remedy)`, or nothing.
 fn in_brackets(remedy: &str) -> String {
     if remedy.is_empty() { String::new() } else { format!(" ({remedy})") }
@@ -122,7 +158,7 @@ pub enum Operation {
     Receive,
     /// Guest memory, or a probe of the peer.
     Write,
-    /// The peer's memory; only measurements read it.
+    /// The peer's memory.
     Read,
 }
 
@@ -167,7 +203,9 @@ pub enum CompletionStatus {
 impl CompletionStatus {
     fn remedy(self) -> &'static str {
         match self {
-            Self::RemoteAccess => "the peer took its key back or has less memory than it announced",
+            Self::RemoteAccess => {
+                "the peer took its key back, has less memory than it announced, or did not give this right to it"
+            }
             Self::RetryExceeded => "the peer or the network between is dead",
             Self::ReceiverNotReady => "the peer broke the credit protocol",
             Self::Flushed => "an earlier error or a disconnect ended the connection",

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::blocks::{DestinationBlocks, RamBlock};
 use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
-use crate::channel::{Channel, connect_params};
+use crate::channel::{Channel, accept_params};
 use crate::chunk::chunks_in;
 use crate::control::{CONTROL_BUFFER_BYTES, Kind, Message, NATIVE_MESSAGE_BYTES, WORD_BYTES};
 use crate::counters::Counters;
@@ -131,7 +131,7 @@ impl DestinationHooks {
             let granted = asked.grant(Some(&able));
             let window = granted.extension.map_or(1, |extension| extension.window);
             let longest = granted.extension.map_or(CONTROL_BUFFER_BYTES, |_| NATIVE_MESSAGE_BYTES);
-            let params = connect_params(granted.encode(), window, longest);
+            let params = accept_params(granted.encode(), window, longest);
             let endpoint = match incoming.accept(&params, stop) {
                 Ok(endpoint) => endpoint,
                 // A stray connection that closes must not end the wait for the source.
@@ -171,7 +171,7 @@ impl DestinationHooks {
                 tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's queue pair");
                 continue;
             }
-            let endpoint = incoming.accept(&connect_params(asked.encode(), 1, WORD_BYTES), stop)?;
+            let endpoint = incoming.accept(&accept_params(asked.encode(), 1, WORD_BYTES), stop)?;
             self.stream.data_queues.push(Channel::new(endpoint));
         }
         Ok(())

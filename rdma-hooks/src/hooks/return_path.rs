@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::capabilities::{Capabilities, Role};
-use crate::channel::{Channel, connect_params};
+use crate::channel::{Channel, accept_params};
 use crate::control::WORD_BYTES;
 use crate::exchange::Receiver;
 use crate::fabric::{FabricError, Incoming, Listener};
@@ -119,7 +119,7 @@ impl ReturnWriter {
         }
         let reply = Capabilities { pin_all: asked.pin_all, extension: None };
         let window = return_window(main.extension.is_none());
-        let endpoint = incoming.accept(&connect_params(reply.encode(), window, WORD_BYTES), stop)?;
+        let endpoint = incoming.accept(&accept_params(reply.encode(), window, WORD_BYTES), stop)?;
         Ok(Some(Self { stream: StreamSender::new(Channel::new(endpoint), window) }))
     }
 

@@ -11,6 +11,8 @@
 //! See the [crate's front page](crate).
 
 mod memory;
+#[cfg(test)]
+mod read_tests;
 mod world;
 
 use std::net::SocketAddr;
@@ -21,7 +23,7 @@ pub use memory::SparseMemory;
 
 use crate::fabric::{
     Access, AddressBase, Completion, ConnectParams, Endpoint, Fabric, FabricError, Incoming, Limits,
-    LinkState, Listener, Registration, WriteRequest, register_resident_or_on_demand,
+    LinkState, Listener, ReadDepth, ReadRequest, Registration, WriteRequest, register_resident_or_on_demand,
 };
 use crate::region::HostRegion;
 use crate::stop::Stop;
@@ -49,13 +51,19 @@ pub enum Fault {
         /// Messages sent before.
         message: u64,
     },
-    /// The device goes away at the `request`-th request (send or write).
+    /// The device goes away at the `request`-th request (send, write or READ).
     DeviceRemoved {
         /// Requests posted before.
         request: u64,
     },
     /// The `request`-th request completes with an error.
     BadCompletion {
+        /// Requests posted before.
+        request: u64,
+    },
+    /// The `request`-th request is an RDMA READ whose answer loses its end for good: most of its bytes are stored, and
+    /// the transport gives up.
+    AnswerCut {
         /// Requests posted before.
         request: u64,
     },
@@ -81,6 +89,10 @@ pub struct SimConfig {
     pub faults: Vec<(Host, Fault)>,
     /// Requests a queue pair takes at a time, at most.
     pub send_depth: usize,
+    /// READs that the devices of the first and the second host offer, at a time for each queue pair.
+    pub reads: [ReadDepth; 2],
+    /// Pieces of memory that a READ may fill, at most.
+    pub read_pieces: usize,
     /// How long a registration takes, at the first host and at the second.
     pub registration_takes: [Duration; 2],
     /// The devices count what they receive ([`Endpoint::received_mark`]).
@@ -111,6 +123,8 @@ impl Default for SimConfig {
             loss_per_mille: 0,
             faults: Vec::new(),
             send_depth: 512,
+            reads: [ReadDepth { own: 16, served: 16 }; 2],
+            read_pieces: 16,
             registration_takes: [Duration::ZERO; 2],
             counts_received: true,
             on_demand: OnDemand::Unneeded,
@@ -310,8 +324,7 @@ impl Endpoint for SimEndpoint {
     }
 
     fn limits(&self) -> Limits {
-        let (send_depth, on_demand) = self.shared.lock().abilities(self.id);
-        Limits { send_depth, inline_bytes: 0, max_registration_bytes: u64::MAX, on_demand }
+        self.shared.lock().limits(self.id)
     }
 
     fn now(&self) -> Instant {
@@ -321,7 +334,7 @@ impl Endpoint for SimEndpoint {
     fn register(
         &self,
         region: &HostRegion,
-        access: Access,
+        access: &[Access],
         base: AddressBase,
     ) -> Result<Registration, FabricError> {
         let takes = self.shared.lock().registration_takes(self.id);
@@ -341,6 +354,10 @@ impl Endpoint for SimEndpoint {
 
     fn post_writes(&mut self, chain: &[WriteRequest]) -> Result<(), FabricError> {
         self.shared.lock().post_writes(self.id, chain)
+    }
+
+    fn post_reads(&mut self, chain: &[ReadRequest<'_>]) -> Result<(), FabricError> {
+        self.shared.lock().post_reads(self.id, chain)
     }
 
     fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError> {
@@ -400,7 +417,7 @@ struct Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.shared.lock().regions.remove(&self.key);
+        self.shared.lock().deregister(self.key);
     }
 }
 

@@ -3,6 +3,7 @@
 mod connection;
 mod device;
 mod events;
+mod reads;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap, VecDeque};
@@ -10,8 +11,10 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Fault, Host, SimConfig, lock};
-use crate::fabric::{Access, Completion, CompletionStatus, FabricError, LinkState, Operation, WriteRequest};
+use crate::fabric::{Access, Completion, CompletionStatus, FabricError, LinkState, Operation, Reads};
 use crate::region::HostRegion;
+use events::{Event, Timed};
+pub(super) use reads::Breakage;
 
 /// The transport gives up on a silent peer after this long.
 const RETRIES_TAKE: Duration = Duration::from_secs(2);
@@ -83,49 +86,14 @@ struct Waiter {
     woken: bool,
 }
 
-#[derive(Debug)]
-enum Event {
-    Request { port: u16, from: EndpointId },
-    Answer { to: EndpointId, answer: Option<(EndpointId, Vec<u8>)> },
-    Message { to: EndpointId, from: EndpointId, id: u64, bytes: Vec<u8> },
-    Write { to: EndpointId, from: EndpointId, request: WriteRequest },
-    Ack { to: EndpointId, id: u64 },
-    Fail { to: EndpointId, operation: Operation, status: CompletionStatus },
-    LinkDown { to: EndpointId },
-}
-
-#[derive(Debug)]
-struct Timed {
-    at: Duration,
-    host: Host,
-    seq: u64,
-    event: Event,
-}
-
-impl Timed {
-    fn key(&self) -> (Duration, Host, u64) {
-        (self.at, self.host, self.seq)
-    }
-}
-
-impl PartialEq for Timed {
-    fn eq(&self, other: &Self) -> bool {
-        self.key() == other.key()
-    }
-}
-
-impl Eq for Timed {}
-
-impl PartialOrd for Timed {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Timed {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.key().cmp(&other.key())
-    }
+/// A request that is not yet completed.
+#[derive(Clone, Copy, Debug)]
+struct Queued {
+    id: u64,
+    signalled: bool,
+    operation: Operation,
+    /// How it will end.
+    failed: Option<CompletionStatus>,
 }
 
 #[derive(Debug)]
@@ -143,8 +111,13 @@ pub(super) struct EndpointState {
     unready: VecDeque<(EndpointId, u64, Vec<u8>)>,
     received: VecDeque<(usize, Vec<u8>)>,
     completions: VecDeque<Completion>,
-    /// Requests not yet completed, oldest first: id, signalled, what.
-    queue: VecDeque<(u64, bool, Operation)>,
+    /// Oldest first.
+    queue: VecDeque<Queued>,
+    reads: Reads,
+    /// READs of the peer that are being answered.
+    served: usize,
+    /// The transport will give this request up: nothing after it completes.
+    gives_up: Option<u64>,
     broken: bool,
     /// Messages and writes that have arrived.
     arrivals: u64,
@@ -158,7 +131,7 @@ pub(super) struct EndpointState {
 struct Region {
     host: Host,
     region: HostRegion,
-    access: Access,
+    access: Vec<Access>,
     address: u64,
 }
 
@@ -190,6 +163,7 @@ pub(super) struct World {
     /// Messages that found no receive buffer: the peer broke the credit protocol.
     pub(super) unready_messages: u64,
     pub(super) on_demand_registrations: u64,
+    pub(super) breakage: Breakage,
 }
 
 /// Kept opaque to the fabric above.
@@ -213,6 +187,7 @@ impl World {
             next_key: 0x100,
             unready_messages: 0,
             on_demand_registrations: 0,
+            breakage: Breakage::None,
         }
     }
 
@@ -349,6 +324,16 @@ impl World {
         }
     }
 
+    /// A request fails, and everything after it is flushed.
+    fn fail(&mut self, of: EndpointId, id: u64, operation: Operation, status: CompletionStatus) {
+        let endpoint = &mut self.endpoints[of];
+        if !endpoint.broken {
+            endpoint.queue.retain(|queued| queued.id != id);
+            endpoint.completions.push_back(Completion::Failed { operation, status, vendor: 0 });
+            self.flush(of);
+        }
+    }
+
     fn flush(&mut self, id: EndpointId) {
         let endpoint = &mut self.endpoints[id];
         endpoint.broken = true;
@@ -357,7 +342,7 @@ impl World {
             let (operation, status) = (Operation::Receive, CompletionStatus::Flushed);
             endpoint.completions.push_front(Completion::Failed { operation, status, vendor: 0 });
         }
-        for (_, _, operation) in endpoint.queue.drain(..) {
+        for Queued { operation, .. } in endpoint.queue.drain(..) {
             let flushed = Completion::Failed { operation, status: CompletionStatus::Flushed, vendor: 0 };
             endpoint.completions.push_back(flushed);
         }
@@ -388,7 +373,7 @@ impl World {
 }
 
 /// The splitmix64 generator.
-fn next_random(state: &mut u64) -> u64 {
+pub(super) fn next_random(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut mixed = *state;
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -14,7 +14,7 @@ use rdma_sys::{
 };
 
 use super::call::{check, check_ptr};
-use crate::fabric::FabricError;
+use crate::fabric::{FabricError, ReadDepth};
 use crate::stop::Stop;
 
 /// Connections that may wait to be taken.
@@ -76,6 +76,8 @@ pub(super) struct Event {
     pub(super) kind: rdma_cm_event_type::Type,
     pub(super) status: i32,
     pub(super) private_data: Vec<u8>,
+    /// READs that the peer leaves to this end: of a connection request, and of its answer.
+    pub(super) reads: ReadDepth,
     /// The new id of a connection request, still on the listener's channel.
     pub(super) request: Option<NonNull<rdma_cm_id>>,
 }
@@ -253,7 +255,12 @@ unsafe fn copy_event(event: &rdma_cm_event) -> Event {
         RDMA_CM_EVENT_CONNECT_REQUEST => NonNull::new(event.id),
         _ => None,
     };
-    Event { kind: event.event, status: event.status, private_data, request }
+    // Seen from this end: what the peer serves is what this end may have under way (rdma_get_cm_event(3)).
+    let reads = match carries_data {
+        true => ReadDepth { own: conn.initiator_depth, served: conn.responder_resources },
+        false => ReadDepth::NONE,
+    };
+    Event { kind: event.event, status: event.status, private_data, reads, request }
 }
 
 pub(super) fn set_nonblocking(fd: RawFd) -> Result<(), FabricError> {

@@ -180,7 +180,7 @@ impl OpenDevice {
             max_requests: number(attr.max_qp_wr),
             max_queue_pairs: number(attr.max_qp),
             max_inline_bytes: self.inline_limit().unwrap_or(0),
-            on_demand: on_demand_writes(self.context),
+            on_demand: on_demand(self.context).0,
             ports,
         })
     }
@@ -268,7 +268,7 @@ fn state_of(attr: &ibv_port_attr) -> PortState {
     if attr.state == 4 { PortState::Active } else { PortState::Inactive(attr.state) }
 }
 
-fn query_port(context: NonNull<ibv_context>, number: u8) -> Result<ibv_port_attr, FabricError> {
+pub(super) fn query_port(context: NonNull<ibv_context>, number: u8) -> Result<ibv_port_attr, FabricError> {
     // SAFETY: ibv_port_attr is plain numbers, for which zeros are valid.
     let mut attr: ibv_port_attr = unsafe { std::mem::zeroed() };
     // SAFETY: the caller's context is open; `attr` outlives the call.
@@ -285,13 +285,15 @@ pub(super) fn query(context: NonNull<ibv_context>) -> Result<ibv_device_attr, Fa
     Ok(attr)
 }
 
-/// True if memory need not be resident for sends and writes on a reliable connection.
-pub(super) fn on_demand_writes(context: NonNull<ibv_context>) -> bool {
-    const NEEDED: u32 = rdma_sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_SEND.0
+/// Whether memory need not be resident on a reliable connection: for sends and writes, and for READs.
+pub(super) fn on_demand(context: NonNull<ibv_context>) -> (bool, bool) {
+    const WRITES: u32 = rdma_sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_SEND.0
         | rdma_sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_WRITE.0;
+    const READS: u32 = rdma_sys::ibv_odp_transport_cap_bits::IBV_ODP_SUPPORT_READ.0;
     // SAFETY: ibv_device_attr_ex is plain numbers, for which zeros are valid.
     let mut attr: ibv_device_attr_ex = unsafe { std::mem::zeroed() };
     // SAFETY: the caller's context is open; no input is allowed; `attr` outlives the call.
     let queried = unsafe { ibv_query_device_ex(context.as_ptr(), std::ptr::null(), &mut attr) };
-    queried == 0 && attr.odp_caps.per_transport_caps.rc_odp_caps & NEEDED == NEEDED
+    let offers = |bits| queried == 0 && attr.odp_caps.per_transport_caps.rc_odp_caps & bits == bits;
+    (offers(WRITES), offers(READS))
 }

@@ -13,7 +13,9 @@ use super::call::{check, check_ptr};
 use super::cm::Id;
 use super::device;
 use crate::fabric::chain;
-use crate::fabric::{Access, AddressBase, FabricError, Registration, register_resident_or_on_demand};
+use crate::fabric::{
+    Access, AddressBase, FabricError, ReadDepth, Registration, register_resident_or_on_demand,
+};
 use crate::region::HostRegion;
 
 /// The device maps whole pages: addresses that differ in these low bits cannot name the same byte.
@@ -25,7 +27,13 @@ pub(super) struct Domain {
     pd: NonNull<ibv_pd>,
     pub(super) max_registration_bytes: u64,
     pub(super) max_requests: usize,
+    /// READs at a time that the device offers for each queue pair.
+    pub(super) reads: ReadDepth,
+    /// Entries that the device takes in the scatter list of a READ.
+    pub(super) read_pieces: usize,
     pub(super) on_demand: bool,
+    /// The same for memory that READs read or fill.
+    on_demand_reads: bool,
     registered: AtomicU64,
     /// Keeps the device open.
     _id: Arc<Id>,
@@ -40,14 +48,21 @@ impl Domain {
     pub(super) fn new(id: &Arc<Id>) -> Result<Self, FabricError> {
         let context = id.verbs()?;
         let limits = device::query(context)?;
-        let on_demand = device::on_demand_writes(context);
+        let (on_demand, on_demand_reads) = device::on_demand(context);
+        // 255 asks librdmacm for what the device offers, which is then not known here.
+        let depth = |most: i32| u8::try_from(most.clamp(0, 254)).unwrap_or(0);
+        let reads =
+            ReadDepth { own: depth(limits.max_qp_init_rd_atom), served: depth(limits.max_qp_rd_atom) };
         // SAFETY: the context is open as long as `id` lives, which this value keeps; freed in `Drop`.
         let pd = check_ptr(unsafe { ibv_alloc_pd(context.as_ptr()) }, "ibv_alloc_pd")?;
         Ok(Self {
             pd,
             max_registration_bytes: limits.max_mr_size,
             max_requests: usize::try_from(limits.max_qp_wr).unwrap_or(1),
+            reads,
+            read_pieces: usize::try_from(limits.max_sge_rd.min(limits.max_sge)).unwrap_or(1),
             on_demand,
+            on_demand_reads,
             registered: AtomicU64::new(0),
             _id: Arc::clone(id),
         })
@@ -61,7 +76,7 @@ impl Domain {
     pub(super) fn register(
         self: &Arc<Self>,
         region: &HostRegion,
-        access: Access,
+        access: &[Access],
         base: AddressBase,
     ) -> Result<Registration, FabricError> {
         let bytes = region.len();
@@ -71,13 +86,10 @@ impl Domain {
             AddressBase::At(start) if (start ^ address as u64).is_multiple_of(PAGE) => start,
             _ => address as u64,
         };
-        let flags = match access {
-            Access::Read => 0,
-            Access::RemoteWrite => {
-                ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0 | ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
-            }
-        };
-        let (mr, on_demand) = register_resident_or_on_demand(self.on_demand, |without_residence| {
+        let flags = access.iter().fold(0, |flags, right| flags | flags_of(*right));
+        let reads = access.iter().any(|right| matches!(right, Access::LocalWrite | Access::RemoteRead));
+        let offered = self.on_demand && (self.on_demand_reads || !reads);
+        let (mr, on_demand) = register_resident_or_on_demand(offered, |without_residence| {
             // Soft-RoCE (6.18) looks up the pages of such a registration by their addresses in the process, whatever
             // address was passed: with other addresses it finds no page, or the wrong one.
             let (start, more) = match without_residence {
@@ -255,6 +267,18 @@ impl Buffer {
             at += part.len();
         }
         at - start
+    }
+}
+
+/// `ibv_access_flags` of `ibv_reg_mr(3)`: reading by this end's device needs none.
+fn flags_of(right: Access) -> u32 {
+    match right {
+        Access::Read => 0,
+        Access::LocalWrite => ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0,
+        Access::RemoteWrite => {
+            ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0 | ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
+        }
+        Access::RemoteRead => ibv_access_flags::IBV_ACCESS_REMOTE_READ.0,
     }
 }
 

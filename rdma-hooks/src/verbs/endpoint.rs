@@ -13,11 +13,12 @@ use rdma_sys::{
 use super::cm::{Id, wait_readable};
 use super::domain::{Buffer, Domain};
 use super::queue::Queue;
+use super::{device, reads};
 use crate::channel::SENDS_OUT;
 use crate::control::{HEADER_BYTES, STREAM_PAYLOAD_BYTES};
 use crate::fabric::{
     Access, AddressBase, Completion, CompletionStatus, ConnectParams, Endpoint, FabricError, Limits,
-    LinkState, Operation, Registration, WriteRequest,
+    LinkState, Operation, ReadDepth, ReadRequest, Reads, Registration, WriteRequest,
 };
 use crate::region::HostRegion;
 
@@ -36,15 +37,23 @@ enum SendBuffer {
     Own(#[allow(dead_code, reason = "kept until the send completes")] Buffer),
 }
 
+/// The receive buffers, in one.
+struct Receives {
+    buffer: Buffer,
+    /// Bytes of each.
+    bytes: usize,
+    /// Bytes received in each.
+    lengths: Vec<usize>,
+}
+
 /// A queue pair with everything it needs. Field order is drop order: the queue first, what it uses later.
 pub(super) struct VerbsEndpoint {
     queue: Queue,
-    receives: Buffer,
-    receive_bytes: usize,
-    received: Vec<usize>,
+    receives: Receives,
     sends: Buffer,
     free_sends: Vec<usize>,
     sending: VecDeque<(u64, SendBuffer)>,
+    pub(super) reads: Reads,
     /// Completions found while going to sleep.
     found: Vec<Completion>,
     work: Vec<ibv_wc>,
@@ -54,7 +63,7 @@ pub(super) struct VerbsEndpoint {
 }
 
 impl VerbsEndpoint {
-    /// Makes the queue pair on `id` and posts all receive buffers.
+    /// Makes the queue pair on `id` and posts all receive buffers. READs are allowed once they are agreed.
     pub(super) fn new(
         id: &Arc<Id>,
         domain: &Arc<Domain>,
@@ -63,14 +72,22 @@ impl VerbsEndpoint {
     ) -> Result<Self, FabricError> {
         let buffers = params.receives * params.receive_bytes + SEND_SLOTS * SEND_BYTES;
         super::memory_lock::memory_lock().check(buffers as u64)?;
-        let queue = Queue::new(id, domain, params.send_depth, params.receives)?;
+        let queue = Queue::new(id, domain, params.send_depth, params.receives, params.read_pieces)?;
+        let read_bytes = match params.reads.own {
+            0 => 0,
+            _ => u64::from(device::query_port(id.verbs()?, id.port())?.max_msg_sz),
+        };
+        let receives = Receives {
+            buffer: Buffer::new(domain, params.receives * params.receive_bytes)?,
+            bytes: params.receive_bytes,
+            lengths: vec![0; params.receives],
+        };
         let endpoint = Self {
-            receives: Buffer::new(domain, params.receives * params.receive_bytes)?,
-            receive_bytes: params.receive_bytes,
-            received: vec![0; params.receives],
+            receives,
             sends: Buffer::new(domain, SEND_SLOTS * SEND_BYTES)?,
             free_sends: (0..SEND_SLOTS).collect(),
             sending: VecDeque::new(),
+            reads: Reads::new(ReadDepth::NONE, queue.pieces, read_bytes),
             found: Vec::new(),
             work: Vec::new(),
             link: LinkState::Up,
@@ -89,9 +106,9 @@ impl VerbsEndpoint {
     }
 
     fn post_receive(&self, slot: usize) -> Result<(), FabricError> {
-        let address = self.receives.address() + (slot * self.receive_bytes) as u64;
-        let wr_id = RECEIVE | slot as u64;
-        self.queue.post_receive(wr_id, address, self.receive_bytes as u32, self.receives.lkey())
+        let Receives { buffer, bytes, .. } = &self.receives;
+        let address = buffer.address() + (slot * bytes) as u64;
+        self.queue.post_receive(RECEIVE | slot as u64, address, *bytes as u32, buffer.lkey())
     }
 
     fn free_sends_up_to(&mut self, id: u64) {
@@ -104,8 +121,14 @@ impl VerbsEndpoint {
 
     fn poll_queues(&mut self) -> Result<(), FabricError> {
         let mut work = std::mem::take(&mut self.work);
-        let (found, received, sending) = (&mut self.found, &mut self.received, &self.sending);
-        let polled = self.queue.poll(&mut work, |wc| found.push(translate(wc, received, sending)));
+        let (found, lengths) = (&mut self.found, &mut self.receives.lengths);
+        let (sending, reads) = (&self.sending, &self.reads);
+        let operation = |id| match sending.iter().any(|(sent, _)| *sent == id) {
+            true => Operation::Send,
+            false if reads.contains(id) => Operation::Read,
+            false => Operation::Write,
+        };
+        let polled = self.queue.poll(&mut work, |wc| found.push(translate(wc, lengths, operation)));
         self.work = work;
         polled
     }
@@ -124,7 +147,8 @@ impl VerbsEndpoint {
     }
 }
 
-fn translate(wc: &ibv_wc, received: &mut [usize], sending: &VecDeque<(u64, SendBuffer)>) -> Completion {
+/// `operation` says what a request of the send queue is.
+fn translate(wc: &ibv_wc, received: &mut [usize], operation: impl Fn(u64) -> Operation) -> Completion {
     let slot = (wc.wr_id & !RECEIVE) as usize;
     let is_receive = wc.wr_id & RECEIVE != 0;
     if wc.status == ibv_wc_status::IBV_WC_SUCCESS {
@@ -137,11 +161,7 @@ fn translate(wc: &ibv_wc, received: &mut [usize], sending: &VecDeque<(u64, SendB
             Completion::Done { id: wc.wr_id }
         };
     }
-    let operation = match is_receive {
-        true => Operation::Receive,
-        false if sending.iter().any(|(id, _)| *id == wc.wr_id) => Operation::Send,
-        false => Operation::Write,
-    };
+    let operation = if is_receive { Operation::Receive } else { operation(wc.wr_id) };
     Completion::Failed { operation, status: status(wc.status), vendor: wc.vendor_err }
 }
 
@@ -188,6 +208,9 @@ impl Endpoint for VerbsEndpoint {
             inline_bytes: self.queue.inline_bytes,
             max_registration_bytes: self.queue.domain.max_registration_bytes,
             on_demand: self.queue.domain.on_demand,
+            reads: self.reads.depth,
+            read_pieces: self.reads.pieces,
+            read_bytes: self.reads.bytes,
         }
     }
 
@@ -202,7 +225,7 @@ impl Endpoint for VerbsEndpoint {
     fn register(
         &self,
         region: &HostRegion,
-        access: Access,
+        access: &[Access],
         base: AddressBase,
     ) -> Result<Registration, FabricError> {
         self.queue.domain.register(region, access, base)
@@ -239,6 +262,13 @@ impl Endpoint for VerbsEndpoint {
             Some(first) => unsafe { self.queue.post_send(first) },
             None => Ok(()),
         }
+    }
+
+    fn post_reads(&mut self, chain: &[ReadRequest<'_>]) -> Result<(), FabricError> {
+        self.reads.check(chain)?;
+        reads::post(&self.queue, chain)?;
+        self.reads.posted(chain);
+        Ok(())
     }
 
     fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError> {
@@ -280,19 +310,21 @@ impl Endpoint for VerbsEndpoint {
         if let Some(last) = done.max() {
             self.free_sends_up_to(last);
         }
+        self.reads.completed(&self.found);
         out.append(&mut self.found);
         Ok(())
     }
 
     fn received(&self, slot: usize) -> &[u8] {
-        let Some(&len) = self.received.get(slot) else { return &[] };
+        let Receives { buffer, bytes, lengths } = &self.receives;
+        let Some(&len) = lengths.get(slot) else { return &[] };
         // SAFETY: the owner reads a slot only between its completion and its repost, when it is not posted: `repost`
         // takes `&mut self`, so the result is gone by then.
-        unsafe { self.receives.bytes(slot * self.receive_bytes, len.min(self.receive_bytes)) }
+        unsafe { buffer.bytes(slot * bytes, len.min(*bytes)) }
     }
 
     fn repost(&mut self, slot: usize) -> Result<(), FabricError> {
-        if let Some(len) = self.received.get_mut(slot) {
+        if let Some(len) = self.receives.lengths.get_mut(slot) {
             *len = 0;
             self.post_receive(slot)?;
         }

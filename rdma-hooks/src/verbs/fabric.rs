@@ -13,15 +13,13 @@ use super::cm::Id;
 use super::domain::Domain;
 use super::endpoint::VerbsEndpoint;
 use super::{MemoryLock, device, memory_lock};
-use crate::fabric::{ConnectParams, Endpoint, Fabric, FabricError, Incoming, Listener};
+use crate::fabric::{ConnectParams, Endpoint, Fabric, FabricError, Incoming, Listener, ReadDepth};
 use crate::stop::{Cancel, Stop};
 
 /// Times the transport repeats what the peer does not acknowledge.
 const RETRY_COUNT: u8 = 7;
 /// Times the peer's transport may repeat towards us while no receive is posted; 7 means for ever.
 const RNR_RETRY_COUNT: u8 = 7;
-/// RDMA READs of the peer at a time, as QEMU offers and asks for.
-const READS: u8 = 2;
 /// How long the kernel may take to find the device of an own address.
 const LOOPBACK_RESOLVES: Duration = Duration::from_secs(5);
 /// How long the completion queues are polled before going to sleep; waking up takes longer.
@@ -113,11 +111,13 @@ impl VerbsFabric {
         id.resolve(address, stop)?;
         let domain = domain_of(&self.domains, &id)?;
         let mut endpoint = VerbsEndpoint::new(&id, &domain, params, SPIN)?;
-        let mut conn = conn_param(params, 0, READS);
+        let asked = params.reads.within(domain.reads);
+        let mut conn = conn_param(params, asked);
         // SAFETY: the id is alive and has its route and queue pair; `conn` and the private data outlive the call.
         check(unsafe { rdma_connect(id.as_ptr(), &mut conn) }, "rdma_connect")?;
         let established = id.wait_for(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED, stop)?;
         endpoint.private_data = established.private_data;
+        endpoint.reads.depth = asked.within(established.reads);
         Ok(endpoint)
     }
 }
@@ -133,17 +133,14 @@ fn self_reachable(address: SocketAddr) -> Result<(), FabricError> {
     Id::new()?.resolve(somewhere, &stop)
 }
 
-pub(super) fn conn_param(
-    params: &ConnectParams,
-    responder_resources: u8,
-    initiator_depth: u8,
-) -> rdma_conn_param {
+/// Both depths must be within the device's: librdmacm refuses others.
+pub(super) fn conn_param(params: &ConnectParams, reads: ReadDepth) -> rdma_conn_param {
     let private_data = params.private_data.get(..56).unwrap_or(&params.private_data);
     rdma_conn_param {
         private_data: private_data.as_ptr().cast(),
         private_data_len: private_data.len() as u8,
-        responder_resources,
-        initiator_depth,
+        responder_resources: reads.served,
+        initiator_depth: reads.own,
         flow_control: 0,
         retry_count: RETRY_COUNT,
         rnr_retry_count: RNR_RETRY_COUNT,
@@ -209,13 +206,15 @@ impl Listener for VerbsListener {
         )?;
         let id = Arc::new(Id::adopt(request)?);
         let (private_data, domains) = (event.private_data, Arc::clone(&self.domains));
-        Ok(Box::new(VerbsIncoming { id, private_data, domains, answered: false }))
+        Ok(Box::new(VerbsIncoming { id, private_data, reads: event.reads, domains, answered: false }))
     }
 }
 
 struct VerbsIncoming {
     id: Arc<Id>,
     private_data: Vec<u8>,
+    /// What the peer asks for, seen from this end.
+    reads: ReadDepth,
     domains: Domains,
     answered: bool,
 }
@@ -235,8 +234,9 @@ impl Incoming for VerbsIncoming {
         stop: &Stop,
     ) -> Result<Box<dyn Endpoint>, FabricError> {
         let domain = domain_of(&self.domains, &self.id)?;
-        let endpoint = VerbsEndpoint::new(&self.id, &domain, params, SPIN)?;
-        let mut conn = conn_param(params, READS, 0);
+        let mut endpoint = VerbsEndpoint::new(&self.id, &domain, params, SPIN)?;
+        endpoint.reads.depth = params.reads.within(domain.reads).within(self.reads);
+        let mut conn = conn_param(params, endpoint.reads.depth);
         // SAFETY: the id is alive and has its queue pair; `conn` and the private data outlive the call.
         check(unsafe { rdma_accept(self.id.as_ptr(), &mut conn) }, "rdma_accept")?;
         self.answered = true;
@@ -266,9 +266,17 @@ mod tests {
 
     #[test]
     fn r10_the_peer_may_try_for_ever_towards_us_and_we_try_seven_times() {
-        let params =
-            ConnectParams { private_data: vec![7; 80], receives: 1, receive_bytes: 1, send_depth: 1 };
-        let conn = conn_param(&params, 0, READS);
+        let reads = ReadDepth { own: 2, served: 9 };
+        let params = ConnectParams {
+            private_data: vec![7; 80],
+            receives: 1,
+            receive_bytes: 1,
+            send_depth: 1,
+            reads,
+            read_pieces: 1,
+        };
+        let conn = conn_param(&params, reads);
+        assert_eq!((conn.initiator_depth, conn.responder_resources), (2, 9));
         assert_eq!((conn.retry_count, conn.rnr_retry_count, conn.flow_control), (7, 7, 0));
         assert_eq!(conn.private_data_len, 56, "no more than a request carries");
     }

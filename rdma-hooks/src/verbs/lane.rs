@@ -1,7 +1,6 @@
 //! A connected queue pair with one registered buffer at each end, to measure a device with.
 //!
-//! The migration's own [`Endpoint`](crate::fabric::Endpoint) writes to guest memory and never reads the peer's; its
-//! waits sleep. A measurement needs the bare verbs: WRITE, READ and SEND between two buffers, completions by polling,
+//! The migration's own [`Endpoint`](crate::fabric::Endpoint) is made for guest memory, and its waits sleep. A measurement needs the bare verbs: WRITE, READ and SEND between two buffers, completions by polling,
 //! and a read of a byte that the peer's NIC writes. A lane offers only these. Both ends trust each other: each may read
 //! and write all of the other's buffer.
 //!
@@ -23,7 +22,7 @@ use super::domain::{Buffer, Domain};
 use super::endpoint::{blank_request, status};
 use super::fabric::{conn_param, no_address, resolve_name};
 use super::queue::Queue;
-use crate::fabric::{ConnectParams, FabricError, Operation};
+use crate::fabric::{ConnectParams, FabricError, Operation, ReadDepth};
 use crate::stop::Stop;
 
 /// Maximum number of READs of one end in flight.
@@ -97,7 +96,7 @@ impl Lane {
             }
             let (queue, buffer) = Self::make(&id, params)?;
             let with = connect_params(&buffer, params);
-            let mut conn = conn_param(&with, 0, READS);
+            let mut conn = conn_param(&with, ReadDepth { own: READS, served: 0 });
             // SAFETY: the id is alive and has its route and queue pair; `conn` and the private data outlive the call.
             check(unsafe { rdma_connect(id.as_ptr(), &mut conn) }, "rdma_connect")?;
             let event = id.wait_for(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED, stop)?;
@@ -108,7 +107,7 @@ impl Lane {
 
     fn make(id: &Arc<Id>, params: &LaneParams) -> Result<(Queue, Buffer), FabricError> {
         let domain = Arc::new(Domain::new(id)?);
-        let queue = Queue::new(id, &domain, params.depth, params.receives)?;
+        let queue = Queue::new(id, &domain, params.depth, params.receives, 1)?;
         let flags = ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0
             | ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
             | ibv_access_flags::IBV_ACCESS_REMOTE_READ.0;
@@ -300,7 +299,7 @@ impl LaneListener {
                 return Err(error);
             }
         };
-        let mut conn = conn_param(&with, READS, 0);
+        let mut conn = conn_param(&with, ReadDepth { own: 0, served: READS });
         // SAFETY: the id is alive and has its queue pair; `conn` and the private data outlive the call.
         check(unsafe { rdma_accept(id.as_ptr(), &mut conn) }, "rdma_accept")?;
         id.wait_for(rdma_cm_event_type::RDMA_CM_EVENT_ESTABLISHED, stop)?;
@@ -318,6 +317,8 @@ fn connect_params(buffer: &Buffer, params: &LaneParams) -> ConnectParams {
         receives: params.receives,
         receive_bytes: params.bytes,
         send_depth: params.depth,
+        reads: ReadDepth { own: READS, served: READS },
+        read_pieces: 1,
     }
 }
 

@@ -37,6 +37,8 @@ mod lane;
 mod memory_lock;
 #[cfg(feature = "verbs")]
 mod queue;
+#[cfg(feature = "verbs")]
+mod reads;
 
 pub use pinned::PinnedSpan;
 

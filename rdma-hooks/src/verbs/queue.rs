@@ -102,6 +102,8 @@ pub(super) struct Queue {
     pub(super) domain: Arc<Domain>,
     pub(super) send_depth: usize,
     pub(super) inline_bytes: usize,
+    /// Entries of a request's scatter list, at most.
+    pub(super) pieces: usize,
 }
 
 // SAFETY: libibverbs locks its objects; the pointers are owned.
@@ -113,6 +115,7 @@ impl Queue {
         domain: &Arc<Domain>,
         send_depth: usize,
         receives: usize,
+        pieces: usize,
     ) -> Result<Self, FabricError> {
         let context = id.verbs()?;
         // SAFETY: the context is open as long as `id` lives; destroyed in `Drop`.
@@ -121,6 +124,7 @@ impl Queue {
         // SAFETY: the channel is alive.
         set_nonblocking(unsafe { channel.0.as_ref().fd })?;
         let send_depth = send_depth.min(domain.max_requests);
+        let pieces = pieces.min(domain.read_pieces).max(1);
         let send = CompletionQueue::new(id, &channel, send_depth + 1)?;
         let receive = CompletionQueue::new(id, &channel, receives + 1)?;
         let mut attr = ibv_qp_init_attr {
@@ -131,7 +135,7 @@ impl Queue {
             cap: rdma_sys::ibv_qp_cap {
                 max_send_wr: send_depth as u32,
                 max_recv_wr: receives as u32,
-                max_send_sge: 1,
+                max_send_sge: pieces as u32,
                 max_recv_sge: 1,
                 max_inline_data: INLINE_BYTES,
             },
@@ -151,7 +155,7 @@ impl Queue {
         };
         let pair = QueuePair(Arc::clone(id));
         let domain = Arc::clone(domain);
-        Ok(Self { pair, send, receive, channel, domain, send_depth, inline_bytes })
+        Ok(Self { pair, send, receive, channel, domain, send_depth, inline_bytes, pieces })
     }
 
     pub(super) fn id(&self) -> &Id {

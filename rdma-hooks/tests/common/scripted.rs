@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rdma_hooks::fabric::{
     Access, AddressBase, Completion, ConnectParams, Endpoint, Fabric, FabricError, Incoming, Limits,
-    LinkState, Listener, Registration, WriteRequest,
+    LinkState, Listener, ReadDepth, ReadRequest, Registration, WriteRequest,
 };
 use rdma_hooks::{HostRegion, Stop};
 
@@ -91,7 +91,15 @@ impl Endpoint for Scripted {
     }
 
     fn limits(&self) -> Limits {
-        Limits { send_depth: 64, inline_bytes: 0, max_registration_bytes: u64::MAX, on_demand: false }
+        Limits {
+            send_depth: 64,
+            inline_bytes: 0,
+            max_registration_bytes: u64::MAX,
+            on_demand: false,
+            reads: ReadDepth::NONE,
+            read_pieces: 1,
+            read_bytes: 0,
+        }
     }
 
     fn now(&self) -> Instant {
@@ -101,7 +109,7 @@ impl Endpoint for Scripted {
     fn register(
         &self,
         region: &HostRegion,
-        _: Access,
+        _: &[Access],
         base: AddressBase,
     ) -> Result<Registration, FabricError> {
         let mut script = self.script.lock().unwrap();
@@ -124,6 +132,10 @@ impl Endpoint for Scripted {
         let signalled = chain.iter().filter(|write| write.signalled);
         self.done.extend(signalled.map(|write| Completion::Done { id: write.id }));
         Ok(())
+    }
+
+    fn post_reads(&mut self, chain: &[ReadRequest<'_>]) -> Result<(), FabricError> {
+        panic!("the hooks read nothing: {chain:?}")
     }
 
     fn post_send(&mut self, id: u64, parts: &[&[u8]]) -> Result<(), FabricError> {

@@ -42,7 +42,7 @@ impl DestinationHooks {
         }
         let register = || {
             let endpoint = self.stream.channel.endpoint();
-            endpoint.register(region, Access::RemoteWrite, AddressBase::At(offset))
+            endpoint.register(region, &[Access::RemoteWrite], AddressBase::At(offset))
         };
         // Key 0 means "no key" on the wire. If a device returns it, keep that registration and make another.
         let first = register()?;

@@ -235,7 +235,7 @@ impl SourceHooks {
         let range = chunk_range(ram.region.len(), first, count);
         let region = ram.part(range.ok_or(HooksError::OutOfOrder("a chunk past its block"))?)?;
         let endpoint = self.main.channel.endpoint();
-        let local = endpoint.register(&region, Access::Read, AddressBase::Host)?;
+        let local = endpoint.register(&region, &[Access::Read], AddressBase::Host)?;
         self.main.channel.counters.registered(&local);
         Ok(Asked { block, first, count, local })
     }
@@ -304,7 +304,7 @@ impl SourceHooks {
         if self.granted.pin_all {
             for block in &self.blocks {
                 let endpoint = self.main.channel.endpoint();
-                let local = endpoint.register(&block.region, Access::Read, AddressBase::Host)?;
+                let local = endpoint.register(&block.region, &[Access::Read], AddressBase::Host)?;
                 self.main.channel.counters.registered(&local);
                 locals.push(local);
             }

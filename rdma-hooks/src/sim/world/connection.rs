@@ -3,12 +3,14 @@
 use std::collections::VecDeque;
 
 use super::{EndpointId, EndpointState, Event, World, next_random};
-use crate::fabric::{ConnectParams, FabricError, LinkState};
+use crate::fabric::{ConnectParams, FabricError, LinkState, Reads};
 use crate::sim::Host;
 
 /// Private data is padded to these sizes, as on a real fabric.
 pub(super) const REQUEST_BYTES: usize = 56;
 const REPLY_BYTES: usize = 196;
+/// Longest READ.
+const READ_BYTES: u64 = 1 << 30;
 
 impl World {
     fn new_endpoint(&mut self, host: Host, params: &ConnectParams) -> EndpointId {
@@ -16,6 +18,8 @@ impl World {
         state.endpoints += 1;
         let mut random = self.config.seed ^ (state.endpoints << 32) ^ ((host as u64 + 1) << 56);
         next_random(&mut random);
+        let depth = params.reads.within(self.config.reads[host as usize]);
+        let reads = Reads::new(depth, params.read_pieces.min(self.config.read_pieces), READ_BYTES);
         self.endpoints.push(EndpointState {
             host,
             peer: None,
@@ -29,6 +33,9 @@ impl World {
             received: VecDeque::new(),
             completions: VecDeque::new(),
             queue: VecDeque::new(),
+            reads,
+            served: 0,
+            gives_up: None,
             broken: false,
             arrivals: 0,
             last_arrival: self.now,
@@ -85,6 +92,7 @@ impl World {
         self.alive(host)?;
         let id = self.new_endpoint(host, params);
         self.endpoints[id].peer = Some(from);
+        self.agree_on_reads(id, self.endpoints[from].reads.depth);
         let answer = Some((id, padded(&params.private_data, REPLY_BYTES)));
         if let Some(at) = self.arrival(id, false) {
             self.schedule(host, at, Event::Answer { to: from, answer });

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{EndpointId, Event, RETRIES_TAKE, Region, RegionEntry, World};
+use super::{Breakage, EndpointId, Event, Queued, RETRIES_TAKE, Region, RegionEntry, World};
 use crate::fabric::{
     Access, AddressBase, Completion, CompletionStatus, FabricError, Operation, WriteRequest,
 };
@@ -14,11 +14,6 @@ impl World {
         self.config.registration_takes[self.endpoints[id].host as usize]
     }
 
-    /// Depth of the send queue, and whether registrations may be on demand.
-    pub(in crate::sim) fn abilities(&self, id: EndpointId) -> (usize, bool) {
-        (self.endpoints[id].send_depth, self.config.on_demand == OnDemand::Offered)
-    }
-
     /// The number of a device that does not count stays constant, as with some devices that still answer the query.
     pub(in crate::sim) fn received_mark(&self, id: EndpointId) -> Option<u64> {
         Some(if self.config.counts_received { self.endpoints[id].arrivals } else { 0 })
@@ -28,7 +23,7 @@ impl World {
         &mut self,
         id: EndpointId,
         region: &HostRegion,
-        access: Access,
+        access: &[Access],
         base: AddressBase,
         on_demand: bool,
     ) -> Result<(u32, u64), FabricError> {
@@ -61,8 +56,17 @@ impl World {
             AddressBase::At(address) => address,
             AddressBase::Host => u64::from(key) << 40,
         };
-        self.regions.insert(key, RegionEntry(Region { host, region: region.clone(), access, address }));
+        self.regions.insert(
+            key,
+            RegionEntry(Region { host, region: region.clone(), access: access.to_vec(), address }),
+        );
         Ok((key, address))
+    }
+
+    pub(in crate::sim) fn deregister(&mut self, key: u32) {
+        if !self.breakage.is(Breakage::ReadWithDeadKey) {
+            self.regions.remove(&key);
+        }
     }
 
     pub(super) fn find_region(&self, host: Host, key: u32, at: u64, len: u64) -> Option<(&Region, u64)> {
@@ -81,7 +85,7 @@ impl World {
         let bad = self.count_request(from, true)?;
         self.enqueue(from, id, true, Operation::Send)?;
         match self.endpoints[from].peer {
-            Some(to) => self.deliver(from, Operation::Send, bad, Event::Message { to, from, id, bytes }),
+            Some(to) => self.deliver(from, id, Operation::Send, bad, Event::Message { to, from, id, bytes }),
             None => self.flush(from),
         }
         Ok(())
@@ -96,14 +100,17 @@ impl World {
             let bad = self.count_request(from, false)?;
             self.enqueue(from, request.id, request.signalled, Operation::Write)?;
             match self.endpoints[from].peer {
-                Some(to) => self.deliver(from, Operation::Write, bad, Event::Write { to, from, request }),
+                Some(to) => {
+                    let event = Event::Write { to, from, request };
+                    self.deliver(from, request.id, Operation::Write, bad, event);
+                }
                 None => self.flush(from),
             }
         }
         Ok(())
     }
 
-    fn enqueue(
+    pub(super) fn enqueue(
         &mut self,
         from: EndpointId,
         id: u64,
@@ -114,21 +121,31 @@ impl World {
         if endpoint.queue.len() >= endpoint.send_depth {
             return Err(FabricError::QueueFull);
         }
-        endpoint.queue.push_back((id, signalled, operation));
+        endpoint.queue.push_back(Queued { id, signalled, operation, failed: None });
         Ok(())
     }
 
-    fn deliver(&mut self, from: EndpointId, operation: Operation, bad: bool, event: Event) {
+    pub(super) fn deliver(
+        &mut self,
+        from: EndpointId,
+        id: u64,
+        operation: Operation,
+        bad: bool,
+        event: Event,
+    ) {
         let host = self.endpoints[from].host;
         if self.endpoints[from].broken {
             self.flush(from);
             return;
         }
-        let fail = |status| Event::Fail { to: from, operation, status };
+        let fail = |status| Event::Fail { to: from, id, operation, status };
         match self.arrival(from, false) {
             Some(at) if bad => self.schedule(host, at, fail(CompletionStatus::RemoteOperation)),
             Some(at) => self.schedule(host, at, event),
-            None => self.schedule(host, self.now + RETRIES_TAKE, fail(CompletionStatus::RetryExceeded)),
+            None => {
+                self.endpoints[from].gives_up.get_or_insert(id);
+                self.schedule(host, self.now + RETRIES_TAKE, fail(CompletionStatus::RetryExceeded));
+            }
         }
     }
 
@@ -140,7 +157,9 @@ impl World {
     ) {
         let endpoint = &mut self.endpoints[id];
         endpoint.news = false;
+        let first = out.len();
         out.extend(endpoint.completions.drain(..));
+        endpoint.reads.completed(&out[first..]);
         for (slot, bytes) in endpoint.received.drain(..) {
             store(slot, bytes);
             out.push(Completion::Received { slot });
