@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -127,11 +126,13 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let statistics = SharedStatistics::default();
     signals.follow(statistics.clone());
     let control = RelayControl::default();
-    let (asked, called_off) = (control.clone(), Arc::new(AtomicBool::new(false)));
+    let (asked, called_off) = (control.clone(), Arc::new(Mutex::new(false)));
     let by_signal = Arc::clone(&called_off);
     let cancels = move || {
+        // Locked before the relay may end by the request: who reads the answer afterwards waits for it.
+        let mut called_off = by_signal.lock().unwrap_or_else(PoisonError::into_inner);
         let reply = asked.cancel();
-        by_signal.fetch_or(reply == CancelReply::Accepted, Ordering::Relaxed);
+        *called_off |= reply == CancelReply::Accepted;
         reply
     };
     signals.ask_by(cancels.clone());
@@ -240,7 +241,8 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let report = relay.run();
     std::mem::take(&mut *log.lock().unwrap_or_else(PoisonError::into_inner)).finish();
     drop((metrics, service));
-    Ok(tell(args, &near_way, far_way.get(), &report, called_off.load(Ordering::Relaxed)))
+    let called_off = *called_off.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(tell(args, &near_way, far_way.get(), &report, called_off))
 }
 
 impl Args {
