@@ -165,7 +165,7 @@ fn to_usize(pages: u64) -> usize {
 }
 
 /// Which of `pages` pages are set, in the format of QEMU's received bitmap: bit i of byte i / 8 is page i.
-pub fn page_bits(pages: u64, is_set: impl Fn(PageIndex) -> bool) -> Vec<u8> {
+pub(crate) fn page_bits(pages: u64, is_set: impl Fn(PageIndex) -> bool) -> Vec<u8> {
     let mut bits = vec![0; to_usize(pages.div_ceil(8))];
     for (byte, first) in bits.iter_mut().zip((0..).step_by(8)) {
         let here = (0..8).filter(|bit| first + bit < pages && is_set(PageIndex(first + bit)));
