@@ -91,8 +91,6 @@ pub(super) enum Breakage {
     TrustUnconfirmed,
     /// After a lost connection before COMMIT the source takes a page for received that it has sent in two rounds.
     TrustLastRound,
-    /// After a lost connection the destination takes one of the source's that is older than one it has taken.
-    AdmitOlder,
     /// The destination ends before the source's host has received the report that the guest runs.
     EndUnacknowledged,
     /// The source takes pages for received when their round ends, and not when the destination has confirmed it.
@@ -179,8 +177,7 @@ impl Breakage {
 
     /// What the simulation of lost connections switches off.
     #[cfg(test)]
-    pub(super) const OF_LOSSES: [Self; 12] = [
-        Self::AdmitOlder,
+    pub(super) const OF_LOSSES: [Self; 11] = [
         Self::EndUnacknowledged,
         Self::TrustFence,
         Self::ThrottleWithoutConnection,

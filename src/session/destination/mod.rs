@@ -240,7 +240,6 @@ impl DestinationSession {
     /// Leaves out an order, in tests.
     pub(in crate::session) fn break_order(&mut self, breakage: Breakage) {
         self.breakage = breakage;
-        self.resumption.break_order(breakage);
     }
 
     /// The figures while it runs.

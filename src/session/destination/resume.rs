@@ -101,17 +101,11 @@ pub(super) struct Resumption {
     loaded: bool,
     /// This is not the first connection.
     pub(super) is_later: bool,
-    /// The order that is left out, in tests.
-    breakage: Breakage,
 }
 
 impl Resumption {
     pub(super) fn accept_from(&mut self, further: Box<dyn Further>) {
         self.further = Some(further);
-    }
-
-    pub(super) fn break_order(&mut self, breakage: Breakage) {
-        self.breakage = breakage;
     }
 
     /// Both ends know how another connection begins.
@@ -148,9 +142,6 @@ impl Resumption {
                     continue;
                 }
             };
-            if self.breakage.is(Breakage::AdmitOlder) {
-                agreed.ours.attempt = 0;
-            }
             match agreed.ours.admit(&resume) {
                 Ok(()) => return Ok(Accepted { source, back, resume }),
                 Err(why) => tracing::warn!(%why, "a connection was closed that is to continue a migration"),

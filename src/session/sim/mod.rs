@@ -291,7 +291,6 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::TrustUnconfirmed
         | Breakage::TrustLastRound
         | Breakage::GiveUpSilently
-        | Breakage::AdmitOlder
         | Breakage::EndUnacknowledged
         | Breakage::TrustFence
         | Breakage::ThrottleWithoutConnection

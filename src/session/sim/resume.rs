@@ -186,7 +186,7 @@ fn each_order_of_a_loss_is_needed() {
     let symptoms = |order| match order {
         Breakage::KeepOldState => &["another device state", "the guest did not move"][..],
         Breakage::StartWhenResumed => &["before COMMIT was received", "runs on the other side"],
-        Breakage::AdmitOlder | Breakage::EndUnacknowledged => &["in doubt although both ends live"],
+        Breakage::EndUnacknowledged => &["in doubt although both ends live"],
         Breakage::ThrottleWithoutConnection => &["throttled while there is no connection"],
         Breakage::GiveUpSilently => &["was not told that the guest stays"],
         Breakage::ResumeAfterLoss => &["was resumed after COMMIT", "runs on the other side"],
