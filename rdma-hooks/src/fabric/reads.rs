@@ -38,7 +38,7 @@ impl ReadDepth {
     }
 }
 
-/// Part of an entry of a READ's scatter list: own memory that bytes of the peer go to.
+/// An entry of a READ's scatter list: own memory that bytes of the peer go to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadPiece {
     /// [`Registration::lkey`](super::Registration::lkey) of memory registered with

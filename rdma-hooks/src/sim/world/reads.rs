@@ -240,12 +240,8 @@ impl World {
         let wait = (part.stored_at - self.now).as_nanos() as u64;
         let read_at = self.now + Duration::from_nanos(next_random(random) % (wait + 1));
         if next_random(random) % 1000 < self.config.loss_per_mille {
-            let again = Part { stored_at: part.stored_at, ..part.clone() };
-            self.schedule(
-                host,
-                self.now,
-                Event::ReadPart { to, from, part: Part { stored_at: read_at, ..again } },
-            );
+            let first = Part { stored_at: read_at, ..part.clone() };
+            self.schedule(host, self.now, Event::ReadPart { to, from, part: first });
         }
         self.schedule(host, read_at, Event::ReadPart { to, from, part });
     }
