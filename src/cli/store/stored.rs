@@ -26,6 +26,10 @@ use crate::cli::remedies::in_words;
 /// get longer, up to this. The rest of a longer file is a hole.
 const MIN_PASSED: u64 = 2 << 20;
 
+/// What to do with a guest in doubt whose memory was passed.
+pub const DOUBT_PASSED: &str = "its destination may run it, in the RAM files of this folder; check there first: if it \
+    runs or has run there, receive the guest again; if it never did, give --destination-is-dead";
+
 /// What `ramwire send` may do against the manifest.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Overrides {
@@ -243,9 +247,11 @@ pub fn keep(
 fn allowed(path: &Path, manifest: &Manifest, overrides: Overrides) -> Result<(), StoreError> {
     let open = manifest.state != manifest.unless_given();
     let state = if overrides.destination_is_dead { manifest.unless_given() } else { manifest.state };
+    // Whoever was to map the RAM files has never run the guest: they are as they were before.
+    let passed = manifest.passed && !(open && overrides.destination_is_dead);
     let why = match state {
         State::Whole => return Ok(()),
-        State::Sent if manifest.passed => {
+        State::Sent if passed => {
             "it runs elsewhere, in the RAM files of this folder: they are not the guest that arrived any more; receive it again"
         }
         State::Sent if overrides.resend => return Ok(()),
@@ -254,10 +260,7 @@ fn allowed(path: &Path, manifest: &Manifest, overrides: Overrides) -> Result<(),
             "before that it was sent to another destination, where it runs; --resend sends it once more"
         }
         State::Sent => "it runs elsewhere; --resend sends it once more",
-        State::InDoubt | State::Sending if manifest.passed => {
-            "its destination may run it, in the RAM files of this folder; check there first: if it runs or has run there, receive \
-             the guest again; if it never did, give --destination-is-dead"
-        }
+        State::InDoubt | State::Sending if passed => DOUBT_PASSED,
         State::InDoubt | State::Sending => {
             "its destination may run it, or the source that it came from; look there first: if one does, delete this \
              folder; if none does, give --destination-is-dead"
@@ -339,5 +342,39 @@ impl DeviceState for PausedMachine {
             custody.mark(State::Sending).map_err(io::Error::other)?;
         }
         out.write_all(&self.tail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::tests::manifest;
+    use super::*;
+
+    /// What was said of the last destination counts for that one only: the guest before it may be sent as it could.
+    #[test]
+    fn a_guest_that_was_passed_in_vain_is_what_it_was_before() {
+        let overrides =
+            |resend, destination_is_dead| Overrides { resend, destination_is_dead, no_vmdesc: false };
+        let path = Path::new("guest");
+        let sent = Manifest { passed: true, ..manifest(State::Sent) };
+        let passed = Manifest { passed: true, ..manifest(State::Sent).in_state(State::InDoubt) };
+        let first = Manifest { passed: true, ..manifest(State::Whole).in_state(State::InDoubt) };
+        for (manifest, overrides, is_allowed) in [
+            (&sent, overrides(true, true), false),
+            (&passed, overrides(false, false), false),
+            (&passed, overrides(true, false), false),
+            (&passed, overrides(false, true), false),
+            (&passed, overrides(true, true), true),
+            (&first, overrides(false, true), true),
+            (&first, overrides(true, false), false),
+        ] {
+            let found = allowed(path, manifest, overrides);
+            assert_eq!(found.is_ok(), is_allowed, "{overrides:?}: {found:?}");
+        }
+        let text = allowed(path, &passed, overrides(false, false)).unwrap_err().to_string();
+        assert!(text.contains(DOUBT_PASSED), "{text}");
+        let text = allowed(path, &passed, overrides(false, true)).unwrap_err().to_string();
+        assert!(text.contains("--resend sends it once more"), "{text}");
     }
 }
