@@ -1,6 +1,7 @@
 //! `ramwire send`.
 
 mod controlled;
+mod cpr;
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +14,7 @@ use ramwire::session::{
     MemoryCheck, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify,
 };
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{Address, ChosenTransport, ConnectionOptions, CprSender, open_source};
+use ramwire::transport::{Address, ChosenTransport, ConnectionOptions, open_source};
 use ramwire::units::Rate;
 use serde_json::json;
 
@@ -31,7 +32,7 @@ use super::progress::Progress;
 use super::qmp::{Plan, QmpArgs};
 use super::render;
 use super::signals::{SignalWatch, cancel_on_signal};
-use super::store::{Block, Custody, Overrides, State, StoredGuest};
+use super::store::{Block, Custody, DOUBT_PASSED, Overrides, State, StoredGuest};
 use super::tls::{SourceTlsArgs, warn_if_unencrypted};
 use super::verify::{VerifyBy, in_json, word_of};
 use super::watch::{WatchArgs, describe};
@@ -79,7 +80,7 @@ pub(super) struct Args {
     ram: Vec<Block>,
     /// The destination is a QEMU 10.0 or newer on this host with a second -incoming of channel type cpr, at this address: it
     /// maps the RAM files instead of receiving pages, and its guest changes them. The folder can't be sent again then
-    #[arg(long, value_name = "unix:PATH", value_parser = unix_path, conflicts_with_all = CPR_EXCLUDES)]
+    #[arg(long, value_name = "unix:PATH", value_parser = unix_path, conflicts_with_all = cpr::EXCLUDES)]
     cpr: Option<PathBuf>,
     /// What the destination is, if it can't be detected: qemu-7.2, qemu-10.0 or ramwire
     #[arg(long, value_name = "PEER")]
@@ -135,9 +136,6 @@ pub(super) struct Args {
     #[command(flatten)]
     reconnect: ReconnectArgs,
 }
-
-/// Options about pages: where memory is passed none is sent.
-const CPR_EXCLUDES: [&str; 5] = ["from", "channels", "postcopy", "xbzrle_cache_size", "verify"];
 
 /// What helps where the time was over.
 const REMEDIES: &str = "raise --max-bandwidth, --downtime-ms or --timeout";
@@ -283,8 +281,10 @@ fn send(
         _ => "use a network you trust",
     };
     warn_if_unencrypted("send", &address, remedy);
+    let settings = settings(args, &guest);
     if let Some(path) = &args.cpr {
-        pass_memory(path, &guest, &options, &Stop::on(cancel))?;
+        cpr::check(uri, &settings, &options)?;
+        cpr::pass_memory(path, &guest, &options, &Stop::on(cancel))?;
     }
     let connection =
         open_source(&address, memory.clone(), &options, &Stop::on(cancel)).inspect_err(|_| {
@@ -301,7 +301,7 @@ fn send(
     let fallbacks =
         args.reconnect.fallback.iter().map(|uri| args.tls.at(uri)).collect::<Result<Vec<_>, _>>()?;
     let again = Redial::new(address, options.stream).with_fallbacks(fallbacks);
-    let session = SourceSession::new(source, connection, settings(args, &guest))
+    let session = SourceSession::new(source, connection, settings)
         .with_statistics(controlled.statistics.clone())
         .with_cancel(cancel.clone())
         .with_reconnect(Box::new(again));
@@ -326,21 +326,6 @@ fn send(
     // The guest is gone all the same.
     let differs = matches!(report.memory_check, Some(MemoryCheck::Differs { .. }));
     Ok(if differs { Exit::NotVerified } else { exit })
-}
-
-/// Lets a QEMU map the memory; returns when it listens for the migration.
-fn pass_memory(
-    path: &Path,
-    guest: &StoredGuest,
-    options: &ConnectionOptions,
-    stop: &Stop,
-) -> Result<(), Box<dyn std::error::Error>> {
-    let memory = guest.memory_to_pass()?;
-    let sender = CprSender::connect(path, &options.stream, options.retry, stop)?;
-    if let Some(custody) = guest.custody() {
-        custody.pass();
-    }
-    Ok(sender.pass(&memory, stop)?)
 }
 
 /// Puts into the folder how it ended. A folder that takes no more says less than is known, and never that the guest may
@@ -408,7 +393,9 @@ fn tell(args: &Args, way: &ChosenTransport, report: &SourceReport) {
             dir.display()
         );
     }
-    if report.outcome == Outcome::InDoubt {
+    if report.outcome == Outcome::InDoubt && args.cpr.is_some() {
+        note!("the guest was given away, but no report came that it runs: {DOUBT_PASSED}");
+    } else if report.outcome == Outcome::InDoubt {
         note!(
             "the guest was given away, but no report came that it runs. Look at the destination: if it runs, \
              delete {}; if it does not, send again with --destination-is-dead",
