@@ -2,7 +2,9 @@
 //! descriptors, and no page travels.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod kills;
 
 use std::fs;
 use std::io::Write;
@@ -291,5 +293,42 @@ fn a_qemu_with_more_memory_takes_none_and_the_folder_stays_whole() {
         let mut next = waiting(guest(version, dir), &places).start(dir, "next");
         assert_no_page_sent(&ramwire.finished(Deadline::seconds(60), 0), version);
         next.wait_completed(Deadline::seconds(20));
+    }
+}
+
+/// Between two ramwires the destination says whether it has the memory, and is given the guest only then.
+#[test]
+fn a_ramwire_takes_a_guest_only_with_its_memory() {
+    let dir = scratch();
+    let dir = dir.path();
+    let (ram, pattern) = (dir.join("ram"), dir.join("pattern"));
+    fill(&pattern, RAM_MIB, Pattern::Mixed { seed: 9 });
+    let pattern = fs::read(&pattern).unwrap();
+    fs::write(&ram, &pattern).unwrap();
+    let block = format!("--ram=pc.ram={}", ram.display());
+    for has_memory in [false, true] {
+        let places = channels(dir, &format!("{has_memory}"));
+        let [main, cpr] = [uri(&places[0]), uri(&places[1])];
+        let arguments = ["receive", &main, "--cpr", &cpr, "--json", "--dir"];
+        let mut taker = Ramwire::start(dir, &arguments, dir.join(format!("taker-{has_memory}")));
+        let waits = || places[1].exists().then_some(());
+        Deadline::seconds(20).poll("the cpr channel", || taker.errors(), waits);
+        let other = uri(&dir.join(format!("{has_memory}.other")));
+        let mut without = Ramwire::start(dir, &["receive", &other, "--json", "--dir"], dir.join("other"));
+        without.listening();
+        let to = if has_memory { &main } else { &other };
+        let mut giver = Ramwire::start(dir, &["send", to, "--cpr", &cpr, "--json", "--retry", "20"], &block);
+        let (status, text) = giver.ended(Deadline::seconds(60));
+        assert!(fs::read(&ram).unwrap() == pattern, "{text}");
+        if has_memory {
+            assert_eq!(status, 0, "{text}{}", taker.errors());
+            let out = taker.finished(Deadline::seconds(60), 0);
+            let file = out["blocks"][0]["file"].as_str().unwrap();
+            assert!(fs::read(dir.join("taker-true").join(file)).unwrap() == pattern, "{out}");
+        } else {
+            assert!(status == 3 && text.contains("has none of it"), "{status}: {text}");
+            assert_ne!(without.ended(Deadline::seconds(60)).0, 0, "it has no guest");
+            fs::remove_dir_all(dir.join("other")).unwrap();
+        }
     }
 }
