@@ -362,7 +362,8 @@ pub(crate) fn is_there(span: HostSpan<'_>) -> io::Result<bool> {
 #[cfg(test)]
 pub(crate) fn lock(span: HostSpan<'_>) -> io::Result<()> {
     // SAFETY: no byte of it changes.
-    Ok(unsafe { rustix::mm::mlock(span.as_ptr().cast(), span.len())? })
+    unsafe { rustix::mm::mlock(span.as_ptr().cast(), span.len())? };
+    Ok(())
 }
 
 fn remedy_of(errno: Errno) -> &'static str {

@@ -129,7 +129,7 @@ impl World {
         use CheckpointAction::{Close, Open, SaveState, Send};
         let Fault::Slow(at, period) = self.plan.fault else { return false };
         let sends = matches!(action, Open(_) | Send | SaveState(_) | Close(_));
-        let takes = self.now < at || (period > 0 && self.now % period == 0);
+        let takes = self.now < at || self.now.is_multiple_of(period);
         if takes || !sends {
             self.source.waits_since = None;
             return false;
