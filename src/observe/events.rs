@@ -45,6 +45,12 @@ pub enum EventKind {
     Round(RoundReport),
     /// There is no sign that the rounds will end (at the source). Reported once; the migration continues.
     NotConverging(NotConverging),
+    /// Further connections were asked for, and the two ends have none: the loss of this one ends the migration (at the
+    /// source). Reported once.
+    NotReplaceable {
+        /// Why there are none.
+        why: String,
+    },
     /// The guest is about to be paused: the downtime begins (at the source).
     Switchover,
     /// The guest is paused, and the migration waits for its embedder

@@ -195,6 +195,7 @@ impl Recorder {
                     why: Some(figures.to_string()),
                 });
             }
+            EventKind::NotReplaceable { why } => ("not-replaceable", Some(why)),
             EventKind::Setup => ("setup", None),
             EventKind::Active => ("active", None),
             EventKind::Switchover => ("switchover", None),

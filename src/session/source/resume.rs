@@ -15,8 +15,9 @@
 
 use std::time::Duration;
 
-use crate::engine::{Lost, Outcome, SourceEvent, Unconfirmed, is_equal};
+use crate::engine::{Handover, Lost, Outcome, SourceEvent, Unconfirmed, is_equal};
 use crate::error::Chain;
+use crate::observe::EventKind;
 use crate::ram::{PageRun, PageSet};
 use crate::stream::native::{Order, Purpose, Resume};
 use crate::stream::qemu::command::Command;
@@ -58,15 +59,29 @@ impl SourceSession {
     pub(super) fn agree_on_resumption(&mut self, theirs: Option<[u8; 16]>) {
         let resumption = &mut self.missing.recovery.resumption;
         resumption.theirs = theirs;
-        match (resumption.ours, theirs) {
-            (Some(_), Some(_)) => self.pages.unconfirmed = Some(Unconfirmed::new(self.guest.memory.table())),
-            (Some(_), None) => {
-                tracing::warn!(
-                    "the destination waits for no other connection: the loss of this one ends the migration"
-                );
-            }
-            _ => {}
+        if resumption.ours.is_some() && theirs.is_some() {
+            self.pages.unconfirmed = Some(Unconfirmed::new(self.guest.memory.table()));
         }
+    }
+
+    /// Further connections were asked for, and it is known now that there are none before a switch to postcopy.
+    pub(super) fn tell_if_not_replaceable(&mut self, handover: Handover) {
+        let asked = self.settings.reconnect_timeout > Duration::ZERO && self.missing.recovery.can_connect();
+        let able = self.wire.link.abilities();
+        let Resumption { ours, theirs, .. } = &self.missing.recovery.resumption;
+        let why = match () {
+            // Behind the switch a lost connection is replaced all the same.
+            () if !asked || self.settings.postcopy.is_some() || theirs.is_some() => return,
+            () if self.wire.back.is_none() => "this connection carries no answers",
+            () if able.registers_memory => "this connection is by RDMA",
+            () if handover != Handover::Native => "the destination is a QEMU",
+            () if ours.is_some() => "the destination waits for no other connection: it was not asked to",
+            () if self.wire.link.page_channels() > 0 => "this migration has page channels",
+            () if self.may_pass_memory() => "this guest's memory is passed",
+            () => "this connection is no plain stream",
+        };
+        tracing::warn!("the loss of this connection ends the migration: {why}");
+        self.figures.shared().tell(EventKind::NotReplaceable { why: why.into() });
     }
 
     /// All that was sent so far is to be confirmed.

@@ -75,6 +75,7 @@ impl SourceSession {
         if !self.settings.vmm_configuration.is_empty() && handover != Handover::Native {
             return Err(no_vmm_configuration("the destination is a QEMU"));
         }
+        self.tell_if_not_replaceable(handover);
         let style = match handover {
             Handover::Native => Some(PeerStyle::RAMWIRE),
             _ => self.settings.style,
