@@ -1,12 +1,70 @@
 //! Which hosts may connect (`--allow`).
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::candidates::TellFn;
+use crate::sys::Lock as _;
 
 /// Networks whose hosts may connect; the default allows every host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct AllowList(Vec<Network>);
+#[derive(Clone, Debug, Default)]
+pub struct AllowList {
+    networks: Vec<Network>,
+    refused: Arc<Refused>,
+}
+
+impl PartialEq for AllowList {
+    fn eq(&self, other: &Self) -> bool {
+        self.networks == other.networks
+    }
+}
+
+impl Eq for AllowList {}
+
+/// Maximum number of hosts that are reported.
+const TOLD: usize = 100;
+
+/// Hosts whose connections were closed; each is reported once. Shared by all sockets of a listener.
+#[derive(Default)]
+pub(crate) struct Refused {
+    told: Mutex<HashSet<IpAddr>>,
+    tell: OnceLock<Arc<TellFn>>,
+}
+
+impl fmt::Debug for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Refused")
+    }
+}
+
+impl Refused {
+    /// Called for each host, the first time that its connection is closed.
+    pub(crate) fn tell(&self, tell: Arc<TellFn>) {
+        // A listener has one.
+        let _ = self.tell.set(tell);
+    }
+
+    fn refuse(&self, host: IpAddr) {
+        let mut told = self.told.locked();
+        if told.len() > TOLD || !told.insert(host) {
+            return;
+        }
+        let text = match told.len() {
+            0..=TOLD => {
+                format!("closed a connection from {host}, which is not among the hosts that may connect")
+            }
+            _ => format!("{TOLD} hosts that may not connect have tried; further ones are not reported"),
+        };
+        drop(told);
+        tracing::warn!("{text}");
+        if let Some(tell) = self.tell.get() {
+            tell(&text);
+        }
+    }
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Network {
@@ -40,17 +98,31 @@ impl AllowList {
     /// True if `host` may connect. An IPv4 host that connected to an IPv6 socket (`::ffff:10.0.0.1`) counts as its IPv4
     /// address.
     pub fn allows(&self, host: IpAddr) -> bool {
-        self.0.is_empty() || self.0.iter().any(|network| network.holds(host.to_canonical()))
+        self.networks.is_empty() || self.networks.iter().any(|network| network.holds(host.to_canonical()))
+    }
+
+    /// As [`allows`](Self::allows), for a connection that is closed if not: reports its host.
+    pub(crate) fn admits(&self, host: IpAddr) -> bool {
+        let admitted = self.allows(host);
+        if !admitted {
+            self.refused.refuse(host.to_canonical());
+        }
+        admitted
+    }
+
+    /// The hosts that were refused by this list and its clones.
+    pub(crate) fn refused(&self) -> Arc<Refused> {
+        Arc::clone(&self.refused)
     }
 
     /// True if every host may connect.
     pub fn allows_all(&self) -> bool {
-        self.0.is_empty()
+        self.networks.is_empty()
     }
 
     /// Adds the hosts of the other list. Adding an empty list to an empty one leaves it empty.
     pub fn extend(&mut self, other: Self) {
-        self.0.extend(other.0);
+        self.networks.extend(other.networks);
     }
 }
 
@@ -115,7 +187,8 @@ impl FromStr for AllowList {
     type Err = AllowError;
 
     fn from_str(text: &str) -> Result<Self, AllowError> {
-        text.split(',').map(|part| part.trim().parse()).collect::<Result<_, _>>().map(Self)
+        let networks = text.split(',').map(|part| part.trim().parse()).collect::<Result<_, _>>()?;
+        Ok(Self { networks, refused: Arc::default() })
     }
 }
 
@@ -123,6 +196,23 @@ impl FromStr for AllowList {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn each_refused_host_is_reported_once_and_only_so_many() {
+        let list: AllowList = "10.0.0.0/8".parse().unwrap();
+        let reports = Arc::new(Mutex::new(Vec::new()));
+        let kept = Arc::clone(&reports);
+        list.refused().tell(Arc::new(move |text: &str| kept.locked().push(text.to_owned())));
+        let other = list.clone();
+        for host in 0..200u8 {
+            let host: IpAddr = [192, 0, 2, host].into();
+            assert!(!list.admits(host) && !other.admits(host));
+        }
+        assert!(list.admits([10, 1, 1, 1].into()));
+        let reports = reports.locked();
+        assert_eq!(reports.len(), TOLD + 1, "{reports:?}");
+        assert!(reports[0].contains("192.0.2.0") && reports[TOLD].contains("further ones"), "{reports:?}");
+    }
 
     #[test]
     fn hosts_are_held_against_every_network() {

@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::OpenError;
@@ -91,7 +92,7 @@ pub(crate) type TellFn = dyn Fn(&str) + Send + Sync;
 pub(crate) struct Candidates {
     /// Oldest first.
     waiting: VecDeque<Candidate>,
-    tell: Option<Box<TellFn>>,
+    tell: Option<Arc<TellFn>>,
     told: u32,
 }
 
@@ -121,7 +122,7 @@ enum Verdict {
 
 impl Candidates {
     /// Called for connections of strangers.
-    pub(crate) fn tell(&mut self, tell: Box<TellFn>) {
+    pub(crate) fn tell(&mut self, tell: Arc<TellFn>) {
         self.tell = Some(tell);
     }
 

