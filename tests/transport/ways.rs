@@ -141,6 +141,10 @@ fn a_command_carries_the_stream_and_its_failure_is_told() {
     assert!(matches!(&error, ChannelError::CommandFailed { status, .. } if status.contains("9")), "{error}");
     let mut back = listen("exec:no-such-command 2>/dev/null").accept(&options, &stop()).unwrap();
     assert!(Chain(&read_all(&mut back).unwrap_err()).to_string().contains("command not found"));
+    // One that fails before it has read everything is named with its status by the write that it fails.
+    let mut out = connect(&address("exec:exit 7"), &options, &stop()).unwrap();
+    let error = send(&mut out, &pattern(10_000_000)).unwrap_err();
+    assert!(matches!(&error, ChannelError::CommandFailed { status, .. } if status.contains("7")), "{error}");
     // If a command ends early, the write fails with an error, not a signal.
     let mut out = connect(&address("exec:exec true"), &options, &stop()).unwrap();
     assert!(matches!(

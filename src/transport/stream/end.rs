@@ -10,8 +10,11 @@ use rustix::io::Errno;
 use rustix::net::Shutdown;
 
 use super::exec::ChildCommand;
-use crate::sys::{FdKind, queued_bytes};
+use crate::sys::{FdKind, Stop, queued_bytes};
 use crate::transport::{ChannelError, TlsError};
+
+/// How long a command that reads no more may take to end, so that the error has its exit status.
+const LAST_MOMENT: Duration = Duration::from_millis(500);
 
 /// The kind of the descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +59,13 @@ impl End {
             Ok(source) => return ChannelError::Tls { peer, doing, source },
             Err(source) => source,
         };
+        if let (Some(child), Some(Errno::PIPE | Errno::CONNRESET)) =
+            (&self.child, Errno::from_io_error(&source))
+            && let Err(failed @ ChannelError::CommandFailed { .. }) =
+                child.wait(Some(LAST_MOMENT), &Stop::never())
+        {
+            return failed;
+        }
         match Errno::from_io_error(&source) {
             Some(Errno::PIPE) => ChannelError::Closed { peer, doing },
             Some(Errno::TIMEDOUT) => ChannelError::Silent { peer, doing, after: self.dead_peer() },
