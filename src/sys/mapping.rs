@@ -36,7 +36,7 @@ pub enum MappingError {
     },
     /// The kernel has no such huge page to give.
     #[error(
-        "{len} bytes of {page} pages: {source}; reserve them: echo {pages} > \
+        "{len} bytes of {page} pages: {source}; reserve {pages} more: add {pages} to the number in \
          /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages",
         pages = page.pages_in(*len), kib = page.bytes() / 1024
     )]

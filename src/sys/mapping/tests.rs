@@ -111,7 +111,7 @@ fn what_cannot_be_mapped_is_refused_with_its_remedy() {
         ("read-only file",       Mapping::file(read_only(), 0, 4096),   "open it for reading and writing"),
         ("huge rounds over",     huge(u64::MAX),                        "address space"),
         ("huge beyond the pool", huge(1 << 44),                         "hugepages-2048kB/nr_hugepages"),
-        ("anon huge, too many",  Mapping::anonymous_huge(1 << 44, PageSize::SIZE_2M), "echo 8388608 >"),
+        ("anon huge, too many",  Mapping::anonymous_huge(1 << 44, PageSize::SIZE_2M), "add 8388608 to"),
     ];
     for (what, mapping, remedy) in cases {
         let error = mapping.map(|_| ()).unwrap_err().to_string();
