@@ -140,7 +140,11 @@ impl DestinationSession {
             Event::Hook { .. } => self.receive_round()?,
             Event::PackageBytes(bytes) => self.switch.package_bytes(bytes, limit)?,
             Event::PackageEnd => return Ok(Some(DestinationEvent::Package)),
-            Event::Filled { .. } | Event::MappedBlock { .. } | Event::MappedBytes(_) => {
+            Event::MappedBlock { .. } => {
+                let what = "a RAM block of a mapped-ram file, which mapped:PATH reads,";
+                return Err(out_of_turn(what, "a plain precopy stream"));
+            }
+            Event::Filled { .. } | Event::MappedBytes(_) => {
                 return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));
             }
         }
