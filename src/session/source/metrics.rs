@@ -397,7 +397,12 @@ impl Figures {
 
     pub(super) fn ended(&mut self, now: Duration, outcome: Outcome, error: Option<&Error>) {
         let overall = Rate::of(self.rounds.0, self.rounds.1);
+        let latencies =
+            (self.latencies.batch.summary(), self.latencies.fence.summary(), self.latencies.write.summary());
         self.shared.update(|s| {
+            // After a switch to postcopy no round is closed, and before it there may be none.
+            (s.batch_latency, s.fence_latency, s.write_latency) = latencies;
+            let overall = if s.round_count() > 0 { overall } else { Rate::of(s.transferred, now) };
             s.ended = true;
             s.throttle_percent = 0;
             s.total_time = millis(now);
