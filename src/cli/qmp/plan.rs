@@ -199,10 +199,8 @@ impl Plan {
             else {
                 continue;
             };
-            if running.is_some_and(|role| !row.when.is_now(role)) {
-                return Err(Failure::generic(format!(
-                    "'{name}' can't change any more: the migration has begun"
-                )));
+            if let Some(role) = running.filter(|role| !row.when.is_now(*role)) {
+                return Err(Failure::generic(format!("'{name}' can't change {}", role.why_not_now())));
             }
             new.parameters.insert(name.to_owned(), value.clone());
         }

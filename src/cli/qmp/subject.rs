@@ -25,6 +25,19 @@ pub(in crate::cli) enum Role {
     Relay,
 }
 
+impl Role {
+    /// Why something that is decided at the beginning can't change, behind "can't change".
+    pub(super) fn why_not_now(self) -> &'static str {
+        match self {
+            Self::Source => "any more: it is decided when the migration begins, and it has begun",
+            Self::Destination => "here: the options of the command and the source decide it",
+            Self::Relay => {
+                "at a relay: its own options decide it when it starts, and the guest's source the rest"
+            }
+        }
+    }
+}
+
 /// A client's request to the command, other than about the running migration.
 #[derive(Clone, Debug, PartialEq)]
 pub(in crate::cli) enum Order {
@@ -154,7 +167,7 @@ impl Subject {
         let mut state = self.state();
         let new = state.plan.switched(changes)?;
         if state.begun && new != state.plan {
-            let text = "capabilities are decided when the migration begins, and it has begun";
+            let text = format!("capabilities can't change {}", self.role.why_not_now());
             return Err(Failure::generic(text));
         }
         state.plan = new;

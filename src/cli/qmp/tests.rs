@@ -168,6 +168,15 @@ fn what_only_a_running_migration_can_do_is_refused_else() {
 }
 
 #[test]
+fn a_relay_says_why_a_limit_can_not_change() {
+    let set = json!({"execute": "migrate-set-parameters", "arguments": {"downtime-limit": 100}});
+    let idle =
+        Subject::new(Role::Relay, SharedStatistics::default(), Plan::default(), || CancelReply::Accepted);
+    let words = answer(&idle, set)["error"]["desc"].to_string();
+    assert!(words.contains("at a relay") && !words.contains("has begun"), "{words}");
+}
+
+#[test]
 fn a_cancel_is_told_until_the_end() {
     let subject = subject();
     let status = || answer(&subject, json!({"execute": "query-migrate"}))["return"]["status"].clone();
