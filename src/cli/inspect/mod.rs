@@ -14,6 +14,7 @@ use ramwire::stream::{Corrupt, DecodeError};
 use super::args::Exit;
 use super::common::complain;
 use super::output::result_text;
+use super::remedies::in_words;
 
 mod input;
 mod render;
@@ -47,16 +48,18 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Exit {
     let mut text = Vec::new();
     let whole = if args.file == Path::new("-") {
-        print(Input::Pipe(io::stdin().lock()), None, args.json, &mut text)
+        print((Input::Pipe(io::stdin().lock()), None, false), args.json, &mut text)
     } else {
-        open(&args.file).and_then(|(input, noted)| print(input, noted, args.json, &mut text))
+        let mapped = args.file.to_str().is_some_and(|name| name.starts_with("mapped:"));
+        open(&args.file).and_then(|(input, noted)| print((input, noted, mapped), args.json, &mut text))
     };
     result_text!("{}", String::from_utf8_lossy(&text));
     match whole {
         Ok(true) => Exit::Done,
         Ok(false) => Exit::Failed,
         Err(error) => {
-            complain("inspect", &error);
+            let error = format!("{}: {}", args.file.display(), in_words(&error));
+            complain("inspect", &*Box::<dyn std::error::Error>::from(error));
             Exit::Failed
         }
     }
@@ -67,8 +70,15 @@ pub(super) fn run(args: &Args) -> Exit {
 /// # Errors
 ///
 /// What reading and writing say. A damaged stream is no error but a report.
-fn print<R: Read>(input: Input<R>, noted: Noted, json: bool, out: &mut impl Write) -> io::Result<bool> {
-    let report = inspect(input, noted)?;
+fn print<R: Read>(
+    (input, noted, mapped): (Input<R>, Noted, bool),
+    json: bool,
+    out: &mut impl Write,
+) -> io::Result<bool> {
+    let mut report = inspect(input, noted)?;
+    if mapped && report.end == End::Whole {
+        report.must_be_mapped();
+    }
     if json {
         serde_json::to_writer_pretty(&mut *out, &report)?;
         writeln!(out)?;
@@ -193,13 +203,13 @@ mod tests {
 
     fn text(bytes: &[u8]) -> String {
         let mut out = Vec::new();
-        print(Input::Pipe(bytes), None, false, &mut out).unwrap();
+        print((Input::Pipe(bytes), None, false), false, &mut out).unwrap();
         String::from_utf8(out).unwrap()
     }
 
     fn json(bytes: &[u8]) -> serde_json::Value {
         let mut out = Vec::new();
-        print(Input::Pipe(bytes), None, true, &mut out).unwrap();
+        print((Input::Pipe(bytes), None, false), true, &mut out).unwrap();
         serde_json::from_slice(&out).unwrap()
     }
 
@@ -211,6 +221,13 @@ mod tests {
     #[test]
     fn a_stream_with_many_kinds_of_pages_as_text() {
         insta::assert_snapshot!(text(&capture("q100-microvm-xbzrle.gz")));
+    }
+
+    #[test]
+    fn a_stream_that_is_called_a_mapped_ram_file_is_unusual() {
+        let (bytes, mut out) = (capture("q100-none.gz"), Vec::new());
+        assert!(!print((Input::Pipe(&bytes[..]), None, true), false, &mut out).unwrap());
+        assert!(String::from_utf8(out).unwrap().contains("no mapped-ram file"));
     }
 
     #[test]
@@ -295,7 +312,7 @@ mod tests {
         let look = |name: &str| {
             let mut out = Vec::new();
             let (input, noted) = open(Path::new(name)).unwrap();
-            print(input, noted, true, &mut out).unwrap();
+            print((input, noted, true), true, &mut out).unwrap();
             serde_json::from_slice::<serde_json::Value>(&out).unwrap()
         };
         let report = look(&format!("mapped:{}", path.display()));
@@ -308,7 +325,7 @@ mod tests {
         assert_eq!(look(path.to_str().unwrap()), report);
         let mut out = Vec::new();
         let (input, noted) = open(&path).unwrap();
-        print(input, noted, false, &mut out).unwrap();
+        print((input, noted, true), false, &mut out).unwrap();
         assert!(
             String::from_utf8(out).unwrap().contains(&format!("{present} pages in the file, {holes} holes"))
         );

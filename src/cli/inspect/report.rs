@@ -1,6 +1,7 @@
 //! The findings of `inspect`, ready to be printed.
 
 use ramwire::stream::qemu::blocks::BlockAnnouncement;
+use ramwire::stream::qemu::file::MAPPED_RAM;
 use ramwire::stream::qemu::incoming::{Ending, Event, IncomingStream, SectionKind};
 use ramwire::stream::qemu::section::Phase;
 use ramwire::stream::qemu::style::PeerStyle;
@@ -220,6 +221,16 @@ impl Report {
             self.anomaly(stream.position(), format!("{trailing} bytes follow the end of the stream"));
         }
         self.sum_up(stream);
+    }
+
+    /// It was called a mapped-ram file.
+    pub(super) fn must_be_mapped(&mut self) {
+        if !self.capabilities.iter().any(|capability| capability == MAPPED_RAM) {
+            self.end = End::Damaged;
+            let what =
+                "this is no mapped-ram file but a stream: leave `mapped:` out, and receive it with `file:`";
+            self.anomaly(0, what.into());
+        }
     }
 
     /// The input has ended with `unread` bytes of an incomplete value.
