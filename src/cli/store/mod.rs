@@ -285,6 +285,11 @@ impl Store {
         }
     }
 
+    /// Whether the folder has a manifest, without making or locking anything.
+    pub fn has_manifest(path: &Path) -> bool {
+        fs::symlink_metadata(path.join(MANIFEST)).is_ok()
+    }
+
     /// A file of the folder.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
@@ -396,6 +401,20 @@ mod tests {
         assert!(matches!(Store::open(&path), Err(StoreError::Locked { .. })));
         drop(store);
         assert_eq!(Store::open(&path).unwrap().manifest().unwrap(), Some(manifest(State::Whole)));
+    }
+
+    #[test]
+    fn a_folder_without_a_guest_is_not_sent_and_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (missing, empty) = (dir.path().join("missing"), dir.path().join("empty"));
+        fs::DirBuilder::new().create(&empty).unwrap();
+        let mode = || fs::metadata(&empty).unwrap().permissions().mode();
+        let before = mode();
+        for path in [&missing, &empty] {
+            let opened = StoredGuest::open(path, &[], Overrides::default());
+            assert!(matches!(opened.map(|_| ()), Err(StoreError::Manifest { .. })));
+        }
+        assert!(!missing.exists() && fs::read_dir(&empty).unwrap().next().is_none() && mode() == before);
     }
 
     #[test]

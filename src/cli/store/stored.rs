@@ -68,11 +68,16 @@ impl StoredGuest {
     /// # Errors
     /// [`StoreError::NotWhole`] unless the manifest says `whole` or an override allows it.
     pub fn open(path: &Path, replaced: &[Block], overrides: Overrides) -> Result<Self, StoreError> {
-        let store = Store::open(path)?;
-        let Some(manifest) = store.manifest()? else {
+        let empty = || {
             let why = "there is no manifest.json; fill the folder with `ramwire receive`".to_owned();
-            return Err(StoreError::Manifest { path: path.to_owned(), why });
+            StoreError::Manifest { path: path.to_owned(), why }
         };
+        // A folder that holds no guest, or is not there, is left as it is.
+        if !Store::has_manifest(path) {
+            return Err(empty());
+        }
+        let store = Store::open(path)?;
+        let manifest = store.manifest()?.ok_or_else(empty)?;
         allowed(path, &manifest, overrides)?;
         let early = read(&store.file(EARLY))?;
         let tail = read(&store.file(TAIL))?;
