@@ -160,6 +160,27 @@ pub(super) fn is_journal() -> bool {
     })
 }
 
+/// Notes what goes wrong again and again: once, and again only after something else or a success.
+#[derive(Debug, Default)]
+pub(super) struct Repeated(Option<String>);
+
+impl Repeated {
+    /// It has gone wrong; true if it is noted.
+    pub(super) fn note(&mut self, text: String) -> bool {
+        if self.0.as_ref() == Some(&text) {
+            return false;
+        }
+        note!("{text}");
+        self.0 = Some(text);
+        true
+    }
+
+    /// It went well.
+    pub(super) fn passed(&mut self) {
+        self.0 = None;
+    }
+}
+
 /// Prints a result to standard output. A failure is noted on standard error, and changes no exit status.
 pub(super) fn result(text: Arguments<'_>) {
     if let Err(error) = product(text.to_string().as_bytes())
@@ -285,6 +306,15 @@ mod tests {
         assert_eq!(prefixed(priority::ERROR, "in doubt:\nlook there\n"), "<3>in doubt:\n<3>look there\n");
         let levels = [Level::ERROR, Level::WARN, Level::INFO, Level::DEBUG, Level::TRACE];
         assert_eq!(levels.map(priority_of), [3, 4, 6, 7, 7], "as in syslog(3)");
+    }
+
+    #[test]
+    fn what_goes_wrong_again_and_again_is_noted_once() {
+        let mut failing = Repeated::default();
+        let noted: Vec<_> = ["one", "one", "two", "two", "one"].map(|text| failing.note(text.into())).into();
+        assert_eq!(noted, [true, false, true, false, true]);
+        failing.passed();
+        assert!(failing.note("one".into()));
     }
 
     /// Fails always.

@@ -13,14 +13,15 @@ use ramwire::error::Chain;
 use ramwire::session::Spawner;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{
-    Address, AllowList, Listener, PageServer, ServedPages, StreamChannel, StreamOptions,
+    Address, AllowList, Listener, OpenError, PageServer, ServedPages, StreamChannel, StreamOptions,
 };
 
 use super::args::Exit;
-use super::common::{failed, human_bytes};
+use super::common::{Usage, failed, human_bytes};
 use super::metrics::{MetricsArgs, Out, encoded};
-use super::output::note;
+use super::output::{Repeated, note};
 use super::pager::Stored;
+use super::remedies::in_words;
 use super::service;
 use super::signals::cancel_on_signal;
 use super::tls::DestinationTlsArgs;
@@ -129,10 +130,30 @@ pub(super) fn run(args: &Args) -> Exit {
     }
 }
 
-fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
-    if !["tcp", "unix", "fd"].contains(&args.listen.scheme()) {
-        return Err(format!("--listen {}: pagers connect by tcp:HOST:PORT or unix:PATH", args.listen).into());
+impl Args {
+    /// Refuses addresses at which no pager connects.
+    pub(super) fn check(&self) -> Result<(), Usage> {
+        if ["tcp", "unix", "fd"].contains(&self.listen.scheme()) {
+            return Ok(());
+        }
+        Err(Usage(format!("--listen {}: pagers connect by tcp:HOST:PORT or unix:PATH", self.listen)))
     }
+}
+
+/// False for an error with which every further accept would end too.
+fn may_pass(error: &OpenError) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let number = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+        if matches!(number, Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP)) {
+            return false;
+        }
+        cause = error.source();
+    }
+    !matches!(error, OpenError::OnlyOne { .. } | OpenError::NotAStream { .. })
+}
+
+fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let listen = args.tls.at(&args.listen)?;
     let memory = Arc::new(args.from.open()?);
     let cancel = CancelToken::default();
@@ -141,29 +162,38 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&listen, allow, &stop)?;
+    // A socket that listens has an address of its own.
+    if listener.address().scheme() == "fd" {
+        return Err(Usage(format!("--listen {}: hand over a socket that listens", args.listen)).into());
+    }
+    listener.on_stranger(|why| note!("ramwire serve: {why}"));
     if let Some(warning) = listener.warning() {
         note!("ramwire serve: {warning} (--allow) or encrypt it (--tls-dir DIR)");
     }
-    note!("ramwire serve: {} of memory from {}", human_bytes(memory.len()), memory.name());
-    for address in listener.addresses() {
-        note!("listening on {address}");
-    }
-    service::ready(&format!("{} of memory at {}", human_bytes(memory.len()), listener.address()));
+    let told = format!("{} of memory", human_bytes(memory.len()));
+    note!("ramwire serve: {told} from {}", memory.name());
     let (server, spawner, clients) = (PageServer::new(memory), Spawner::default(), Arc::<Clients>::default());
     let (of, by) = (Arc::clone(&clients), server.clone());
     let figures = Box::new(move || encoded(Box::new(Figures::of(&of, &by))));
     let _metrics = args.metrics.serve_text("serve", figures)?;
+    for address in listener.addresses() {
+        note!("listening on {address}");
+    }
+    service::ready(&format!("{told} at {}", listener.address()));
+    let mut failing = Repeated::default();
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     loop {
         let channel = match listener.accept(&StreamOptions::default(), &stop) {
             Ok(channel) => channel,
             Err(_) if cancel.is_cancelled() => break,
+            Err(error) if !may_pass(&error) => return Err(error.into()),
             Err(error) => {
-                note!("ramwire serve: a client could not be accepted: {}", Chain(&error));
+                failing.note(format!("ramwire serve: a client could not be accepted: {}", in_words(&error)));
                 let _ = stop.sleep(RETRY_INTERVAL);
                 continue;
             }
         };
+        failing.passed();
         threads.retain(|thread| !thread.is_finished());
         let name = channel.peer().to_owned();
         if threads.len() >= usize::from(args.max_clients) {

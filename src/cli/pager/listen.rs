@@ -11,7 +11,8 @@ use rustix::event::PollFlags;
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 
 use super::super::local_socket::LocalSocket;
-use super::super::output::note;
+use super::super::output::{Repeated, note};
+use super::super::remedies::in_words;
 
 /// Rest after a failed accept, for example if no descriptor is left.
 const RETRY_INTERVAL: Duration = Duration::from_millis(100);
@@ -52,12 +53,13 @@ impl Listening {
     /// # Errors
     /// The error of poll(2).
     pub(super) fn next(&self, stop: &Stop) -> io::Result<Option<Stranger>> {
+        let mut failing = Repeated::default();
         while stop.wait(self.socket.as_fd(), PollFlags::IN)?.is_none() {
             let connection = match self.socket.accept() {
                 Ok((connection, _)) => UnixStream::from(connection),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => {
-                    note!("ramwire pager: a VMM could not be accepted: {error}");
+                    failing.note(format!("ramwire pager: a VMM could not be accepted: {}", in_words(&error)));
                     let _ = stop.sleep(RETRY_INTERVAL);
                     continue;
                 }
