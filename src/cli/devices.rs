@@ -10,6 +10,9 @@ use crate::cli::remedies::in_words;
 /// Lists the verbs devices of this host with the limits that matter to a migration. A host without a device is no
 /// failure.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    ramwire devices
+    ramwire devices --json")]
 pub(super) struct Args {
     /// Print one JSON object instead of a report
     #[arg(long)]

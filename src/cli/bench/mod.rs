@@ -45,6 +45,10 @@ pub enum BenchError {
 
 /// Arguments of `ramwire bench`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    ramwire bench latency --transport tcp --size 4K --duration 2s
+    ramwire bench bandwidth --listen 192.0.2.1:7000     # on one host
+    ramwire bench bandwidth --connect 192.0.2.1:7000    # on another")]
 pub struct BenchArgs {
     #[command(subcommand)]
     what: What,

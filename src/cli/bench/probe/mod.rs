@@ -61,10 +61,10 @@ pub struct ProbeArgs {
     #[arg(long, value_parser = rate, value_name = "PER_SECOND")]
     rate: Option<f64>,
     /// Be the answering end: listen at HOST:PORT for one measuring end
-    #[arg(long, value_name = "HOST:PORT", conflicts_with = "connect")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = place, conflicts_with = "connect")]
     listen: Option<String>,
     /// The answering end listens at HOST:PORT
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = place)]
     connect: Option<String>,
     /// At the answering end, over RDMA: IP address of the device; otherwise the one of the first usable device
     #[arg(long, value_name = "ADDRESS")]
@@ -75,6 +75,15 @@ pub struct ProbeArgs {
     /// One JSON object on standard output instead of text
     #[arg(long)]
     json: bool,
+}
+
+fn place(text: &str) -> Result<String, String> {
+    let port =
+        text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port.parse::<u16>());
+    match port {
+        Some(Ok(_)) => Ok(text.to_owned()),
+        _ => Err(format!("{text:?} is not HOST:PORT")),
+    }
 }
 
 fn message_size(text: &str) -> Result<usize, String> {
@@ -105,6 +114,9 @@ pub fn run(args: &ProbeArgs, kind: Kind, cancel: &CancelToken) -> Result<(), Ben
     if let Some(address) = &args.listen {
         return answer::serve(address, args.host.as_deref());
     }
+    // Written last, and reported before anything is measured.
+    let svg = args.output.as_deref().map(|prefix| file_of(prefix, ".svg")).transpose()?;
+    drop(svg);
     // Killed at the end, also after an error.
     let mut _other = None;
     let address = match &args.connect {
@@ -215,6 +227,15 @@ fn refused(reply: Option<Reply>) -> BenchError {
         None => "it closed the connection; see what it printed".into(),
     };
     BenchError::Refused { who: "the other end".into(), what: "to measure".into(), answer }
+}
+
+/// One of the files of `--output`, with what it has.
+fn file_of(prefix: &std::path::Path, suffix: &str) -> Result<std::fs::File, BenchError> {
+    let mut path = prefix.as_os_str().to_owned();
+    path.push(suffix);
+    let opened = std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+    let who = || format!("--output {}", std::path::Path::new(&path).display());
+    opened.map_err(|source| BenchError::Io { who: who(), doing: "making the file", source })
 }
 
 fn write_files(prefix: &std::path::Path, report: &Report) -> Result<(), BenchError> {
