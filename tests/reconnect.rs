@@ -195,3 +195,22 @@ fn a_loss_at_commit_leaves_no_doubt() {
     println!("{lost}");
     assert_eq!((&lost["last"][0]["committed"], &lost["pages_again"]), (&json!(true), &json!(0)), "{lost}");
 }
+
+/// The destination was not asked to wait: the source is told at once, not when the connection is lost.
+#[test]
+fn a_destination_that_waits_for_nobody_is_told_of_once() {
+    let dir = scratch();
+    let memory = dir.path().join("memory");
+    fill(&memory, 1, Pattern::Mixed { seed: 5 });
+    let ram = format!("m0={}", memory.display());
+    for (more, told) in [(&[][..], 1), (&["--reconnect", "100"], 0)] {
+        let folder = dir.path().join(format!("guest{told}"));
+        let arguments = [&["receive", "tcp:127.0.0.1:0"], more, &["--dir"]].concat();
+        let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+        let far = receiver.listening();
+        let mut sender = Ramwire::start(dir.path(), &["send", "--ram", &ram, "--reconnect", "100"], &far);
+        let said = sender.failed(Deadline::seconds(100), 0);
+        receiver.failed(Deadline::seconds(100), 0);
+        assert_eq!(said.matches("--reconnect has no effect here").count(), told, "{said}");
+    }
+}

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use super::common::{Usage, failed_in};
 use super::output::{self, note};
 use super::signals;
 use super::{bench, ctl, demo, devices, guardian, inspect, pager, receive, relay, report, send, serve};
@@ -62,7 +63,37 @@ enum Command {
     Generate(Generate),
 }
 
+impl Command {
+    /// Refuses options that don't go together, before anything is opened or made.
+    fn check(&self) -> Result<(), (&'static str, Usage)> {
+        let (command, checked) = match self {
+            Self::Demo(args) => ("demo", args.check()),
+            Self::Receive(args) => ("receive", args.check()),
+            Self::Relay(args) => ("relay", args.check()),
+            Self::Send(args) => ("send", args.check()),
+            Self::Pager(args) => ("pager", args.check()),
+            Self::Serve(args) => ("serve", args.check()),
+            _ => return Ok(()),
+        };
+        checked.map_err(|usage| (command, usage))
+    }
+
+    /// Whoever reads the output of a migration expects one object, whatever becomes of it.
+    fn is_json(&self) -> bool {
+        match self {
+            Self::Demo(args) => args.json,
+            Self::Receive(args) => args.json,
+            Self::Relay(args) => args.json,
+            Self::Send(args) => args.json,
+            _ => false,
+        }
+    }
+}
+
 #[derive(Debug, clap::Args)]
+#[command(after_help = "EXAMPLES:
+    ramwire generate bash > /usr/share/bash-completion/completions/ramwire
+    ramwire generate man > /usr/share/man/man1/ramwire.1")]
 struct Generate {
     /// bash, zsh, fish, elvish, powershell, or man
     what: What,
@@ -90,6 +121,18 @@ pub(super) enum Exit {
 }
 
 impl Exit {
+    /// As a field of what `--json` prints.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Done => "completed",
+            Self::Usage => "refused",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::InDoubt => "in-doubt",
+            Self::NotVerified => "not-verified",
+        }
+    }
+
     /// The process's status.
     pub(super) fn code(self) -> u8 {
         match self {
@@ -129,6 +172,9 @@ pub fn run() -> ExitCode {
             return output::status(Exit::Usage);
         }
     }
+    if let Err((command, usage)) = cli.command.check() {
+        return output::status(failed_in(command, cli.command.is_json(), &usage));
+    }
     signals::survive_faults_of_files();
     let exit = match cli.command {
         Command::Demo(args) => demo::run(&args),
@@ -151,6 +197,8 @@ pub fn run() -> ExitCode {
 fn generate(what: What) -> Exit {
     match generated(what).and_then(|text| output::product(&text)) {
         Ok(()) => Exit::Done,
+        // Its reader has what it wanted.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
         Err(error) => {
             note!("ramwire generate: standard output: {error}");
             Exit::Failed
@@ -206,6 +254,86 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
+    /// The words of a refusal, by the parser or by the check of what goes together; `None`: nothing is wrong.
+    fn refused(line: &str) -> Option<String> {
+        match Cli::try_parse_from(["ramwire"].into_iter().chain(line.split(' '))) {
+            Err(error) => Some(error.to_string()),
+            Ok(cli) => cli.command.check().err().map(|(_, usage)| usage.to_string()),
+        }
+    }
+
+    #[test]
+    fn options_without_effect_and_options_that_exclude_each_other_are_refused() {
+        for (line, says) in [
+            ("send tcp:h:1 --dir d --reconnect 10 --channels 2", "--channels out"),
+            ("receive tcp:h:1 --dir d --reconnect 10 --channels 2", "--channels out"),
+            ("send tcp:h:1 --dir d --postcopy --postcopy-after command", "--qmp"),
+            ("send tcp:h:1 --dir d --postcopy --verify full", "--verify"),
+            ("send tcp:h:1 --dir d --timeout 1 --timeout-action postcopy --verify fast", "--verify"),
+            ("send tcp:h:1 --dir d --max-postcopy-bandwidth 1M", "--postcopy"),
+            ("send tcp:h:1 --dir d --active-channels 2", "--channels 2"),
+            ("send tcp:h:1 --dir d --channels 2 --active-channels 3", "--channels 3"),
+            ("send tcp:h:1 --dir d --queue-pairs 2", "--queue-pairs"),
+            ("send unix:s --dir d --pin-all", "--pin-all"),
+            ("send unix:s --dir d --cpr unix:c --release-ram", "--cpr"),
+            ("send unix:s --dir d --cpr unix:c --postcopy-after 3", "--cpr"),
+            ("demo --postcopy --postcopy-after command", "--qmp"),
+            ("demo --max-postcopy-bandwidth 1M", "--postcopy"),
+            ("demo --vcpu-dirty-limit 1M", "--dirty-limit"),
+            ("demo --cpu-throttle-initial 30", "--auto-converge"),
+            ("demo --cpu-throttle-increment 30 --dirty-limit", "--auto-converge"),
+            ("demo --cpu-throttle-tailslow", "--auto-converge"),
+            ("demo --max-cpu-throttle 30", "--auto-converge"),
+            ("demo --queue-pairs 2 --transport tcp", "--queue-pairs"),
+            ("demo --pin-all --transport unix", "--pin-all"),
+            ("demo --snapshot a --base ./a", "one file"),
+            ("demo --restore a --base b", "--base"),
+            ("demo --snapshot a --lazy", "--lazy"),
+            ("demo --same-host --base b", "--base"),
+            ("demo --same-host --lazy", "--lazy"),
+            ("demo --same-host --release-ram", "--release-ram"),
+            ("relay --listen tcp:h:1 --connect tcp:h:2 --listen-compression zlib", "--listen-channels"),
+            ("relay --listen tcp:h:1 --connect tcp:h:2 --active-channels 2", "--channels 2"),
+            ("relay --listen tcp:h:1 --connect tcp:h:2 --queue-pairs 2", "--queue-pairs"),
+            ("pager --listen unix:s --from vm.mem --tls-dir d", "--tls-dir"),
+            ("pager --listen tcp:h:1 --from vm.mem", "unix:PATH"),
+            ("serve --listen rdma:h:1 --from vm.mem", "tcp:HOST:PORT"),
+            ("serve --listen file:x --from vm.mem", "tcp:HOST:PORT"),
+            ("demo --metrics foo", "HOST:PORT"),
+            ("demo --metrics 99999", "HOST:PORT"),
+            ("send tcp:h:1 --dir d --metrics 127.0.0.1", "HOST:PORT"),
+            ("bench latency --connect foo", "HOST:PORT"),
+            ("bench latency --listen 127.0.0.1", "HOST:PORT"),
+        ] {
+            let words = refused(line);
+            assert!(words.as_ref().is_some_and(|words| words.contains(says)), "{line}: {words:?}");
+        }
+        for line in [
+            "send tcp:h:1 --dir d --reconnect 10",
+            "send tcp:h:1 --dir d --postcopy --reconnect 10 --channels 2",
+            "send tcp:h:1 --dir d --qmp unix:q --postcopy --postcopy-after command",
+            "send --dir d --qmp unix:q --max-postcopy-bandwidth 1M --active-channels 2 --queue-pairs 2",
+            "send tcp:h:1 --dir d --timeout 1 --timeout-action postcopy --max-postcopy-bandwidth 1M",
+            "send rdma:h:1 --dir d --queue-pairs 2 --return-path",
+            "send auto:h:1 --dir d --pin-all",
+            "receive tcp:h:1 --dir d --channels 2",
+            "demo --timeout 1 --timeout-action postcopy",
+            "demo --auto-converge --max-cpu-throttle 30",
+            "demo --dirty-limit --vcpu-dirty-limit 1M",
+            "demo --snapshot a --base b",
+            "demo --restore a --lazy",
+            "demo --metrics [::1]:0",
+            "demo --metrics :9000",
+            "demo --metrics localhost:9000",
+            "bench latency --connect h:7000",
+            "serve --listen fd:3 --from vm.mem",
+            "relay --listen rdma:h:1 --connect tcp:h:2 --pin-all",
+            "pager --listen unix:s --from tcp:h:1 --tls-dir d",
+        ] {
+            assert_eq!(refused(line), None, "{line}");
+        }
+    }
+
     /// Every visible subcommand and each of its long options is in each text.
     #[test]
     fn completions_and_man_page_have_every_subcommand_and_option() {

@@ -1,6 +1,7 @@
 //! What several commands share: options, numbers with units, errors as text.
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ramwire::engine::{Outcome, Reason};
@@ -12,8 +13,10 @@ use ramwire::transport::{
     Address, ChannelError, ChannelOptions, Numa, OpenError, PageSending, RdmaOptions, StreamOptions,
 };
 
+use serde_json::json;
+
 use super::args::Exit;
-use super::output::{note, note_line, priority};
+use super::output::{note, note_line, priority, result_line};
 use super::qmp::Plan;
 use super::remedies::{hint, in_words};
 pub(super) use super::sizes::{bytes, seconds};
@@ -94,6 +97,28 @@ pub(super) struct RdmaArgs {
 }
 
 impl RdmaArgs {
+    /// Refuses options of RDMA for a connection that is none; `way` is how it is written.
+    pub(super) fn check(&self, way: &str, is_rdma: bool) -> Result<(), Usage> {
+        let given = match () {
+            () if is_rdma => None,
+            () if self.pin_all => Some("--pin-all"),
+            () if self.pin_budget.is_some() => Some("--pin-budget"),
+            () if self.queue_pairs > 1 => Some("--queue-pairs"),
+            () if self.return_path => Some("--return-path"),
+            () => None,
+        };
+        given.map_or(Ok(()), |option| {
+            Err(Usage(format!(
+                "{option} is of RDMA, and {way} is not: give an address of RDMA, or leave {option} out"
+            )))
+        })
+    }
+
+    /// The same for an address.
+    pub(super) fn check_at(&self, address: &Address) -> Result<(), Usage> {
+        self.check(&address.to_string(), matches!(address.scheme(), "rdma" | "auto"))
+    }
+
     /// Under QEMU's names.
     pub(super) fn plan(&self, plan: Plan) -> Plan {
         plan.having("rdma-pin-all", self.pin_all)
@@ -212,6 +237,17 @@ pub(super) struct SourceChannelArgs {
 }
 
 impl SourceChannelArgs {
+    /// Refuses what has no effect.
+    pub(super) fn check(&self) -> Result<(), Usage> {
+        let count = self.count();
+        match self.active_channels {
+            Some(active) if active > count => Err(Usage(format!(
+                "--active-channels {active}: there are {count} page channels; give --channels {active} or more"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn options(&self) -> Result<ChannelOptions, Usage> {
         let mut options = self.both.options()?;
         options.sending = self.send_pages;
@@ -318,10 +354,37 @@ pub(super) fn failed(command: &str, error: &(dyn std::error::Error + 'static)) -
             | OpenError::NoChannels { .. }
             | OpenError::NoSuchSending { .. }
             | OpenError::NotAStream { .. }
+            | OpenError::Compressed { .. }
             | OpenError::NoTls { .. },
         ) => Exit::Usage,
         _ => Exit::Failed,
     }
+}
+
+/// As [`failed`]; with `--json` an object as well, since nothing else comes on standard output.
+pub(super) fn failed_in(command: &str, json: bool, error: &(dyn std::error::Error + 'static)) -> Exit {
+    let exit = failed(command, error);
+    if json {
+        ended_early(exit, Some(error));
+    }
+    exit
+}
+
+/// The object of a command that ended before it was a migration.
+pub(super) fn ended_early(exit: Exit, error: Option<&(dyn std::error::Error + 'static)>) {
+    result_line!("{}", json!({ "outcome": exit.word(), "error": error.map(in_words) }));
+}
+
+/// True if both paths lead to one file, which need not exist yet.
+pub(super) fn is_same_file(one: &Path, other: &Path) -> bool {
+    let whole = |path: &Path| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok()?;
+        path.canonicalize().ok().or_else(|| Some(folder.join(path.file_name()?)))
+    };
+    let number = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let (same_path, same_number) = (whole(one) == whole(other), number(one) == number(other));
+    one == other || same_path && whole(one).is_some() || same_number && number(one).is_some()
 }
 
 /// The status of a source's run.
@@ -339,6 +402,7 @@ pub(super) fn exit_of(report: &SourceReport) -> Exit {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     #[test]
@@ -349,6 +413,21 @@ mod tests {
         {
             assert!(uuid(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_file_is_the_same_by_every_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("one"), "").unwrap();
+        std::fs::write(path("two"), "").unwrap();
+        std::fs::hard_link(path("one"), path("hard")).unwrap();
+        std::os::unix::fs::symlink(path("one"), path("soft")).unwrap();
+        for name in ["one", "./one", "hard", "soft"] {
+            assert!(is_same_file(&path("one"), &path(name)), "{name}");
+        }
+        assert!(is_same_file(&path("new"), &path("./new")) && !is_same_file(&path("new"), &path("newer")));
+        assert!(!is_same_file(&path("one"), &path("two")) && !is_same_file(&path("no/a"), &path("no/b")));
     }
 
     #[test]

@@ -21,21 +21,24 @@ pub(super) struct ConvergeArgs {
     throttle_trigger_threshold: Percent,
     /// With --auto-converge: the first step, in percent of the vCPUs' time
     #[arg(long, value_name = "PERCENT", default_value = "20", value_parser = throttle_percent)]
+    #[arg(requires = "auto_converge", conflicts_with = "dirty_limit")]
     cpu_throttle_initial: Percent,
     /// With --auto-converge: each further step
     #[arg(long, value_name = "PERCENT", default_value = "10", value_parser = throttle_percent)]
+    #[arg(requires = "auto_converge", conflicts_with = "dirty_limit")]
     cpu_throttle_increment: Percent,
     /// With --auto-converge: smaller steps when only a little more throttling is needed
-    #[arg(long)]
+    #[arg(long, requires = "auto_converge", conflicts_with = "dirty_limit")]
     cpu_throttle_tailslow: bool,
     /// With --auto-converge: maximum share of the vCPUs' time that is taken
     #[arg(long, value_name = "PERCENT", default_value = "99", value_parser = throttle_percent)]
+    #[arg(requires = "auto_converge", conflicts_with = "dirty_limit")]
     max_cpu_throttle: Percent,
     /// Keep what each vCPU writes near --vcpu-dirty-limit while the guest writes too much
     #[arg(long)]
     dirty_limit: bool,
     /// With --dirty-limit: bytes a second that a vCPU may write
-    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = bytes)]
+    #[arg(long, value_name = "SIZE", default_value = "1M", value_parser = bytes, requires = "dirty_limit")]
     vcpu_dirty_limit: u64,
     /// Bytes a second that the link will carry while the guest is paused, for the estimate of the downtime; 0: as
     /// measured
@@ -58,6 +61,11 @@ pub(super) struct TimeoutArgs {
 }
 
 impl TimeoutArgs {
+    /// The guest may run at the destination before its memory has arrived.
+    pub(super) fn may_switch(&self) -> bool {
+        self.timeout.is_some() && matches!(self.timeout_action, TimeoutAction::Postcopy)
+    }
+
     pub(super) fn apply(&self, settings: &mut SourceSettings) {
         let action = match self.timeout_action {
             TimeoutAction::Cancel => OnTimeout::Cancel,

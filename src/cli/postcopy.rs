@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use ramwire::engine::{OnTimeout, PostcopyRule};
+use ramwire::observe::{EventKind, SharedStatistics};
 use ramwire::session::{PostcopySettings, SourceSettings};
 use ramwire::transport::Address;
 use ramwire::units::Rate;
 
-use super::common::{bytes, seconds};
+use super::common::{Usage, bytes, seconds};
+use super::output::note;
 use super::qmp::Plan;
 
 /// Whether the guest may run at the destination before its memory has come.
@@ -47,6 +49,22 @@ pub(super) struct ReconnectArgs {
     release_ram: bool,
 }
 
+/// At either end.
+pub(super) const NO_RECONNECT_WITH_CHANNELS: &str =
+    "a migration with page channels ends when its connection is lost: leave --reconnect or --channels out";
+
+/// Reports once that `--reconnect` has no effect, as soon as both ends have said what they can.
+pub(super) fn warn_if_not_replaceable(command: &'static str, statistics: &SharedStatistics) {
+    statistics.listen(move |event| {
+        if let EventKind::NotReplaceable { why } = &event.kind {
+            note!(
+                "ramwire {command}: --reconnect has no effect here, the loss of the connection ends the migration: {why} \
+                 (it needs a `ramwire receive --reconnect` at tcp: or unix:)"
+            );
+        }
+    });
+}
+
 fn rule(text: &str) -> Result<PostcopyRule, String> {
     if text == "command" {
         return Ok(PostcopyRule::OnCommand);
@@ -61,6 +79,22 @@ fn rule(text: &str) -> Result<PostcopyRule, String> {
 }
 
 impl PostcopyArgs {
+    /// Refuses what has no effect. `controlled`: a client of the monitor may command the switch, and ask for postcopy;
+    /// `on_timeout`: the switch comes when the time is over.
+    pub(super) fn check(&self, controlled: bool, on_timeout: bool) -> Result<(), Usage> {
+        let why = match () {
+            () if !controlled && matches!(self.postcopy_after, Some(PostcopyRule::OnCommand)) => {
+                "--postcopy-after command waits for a client of the monitor: give --qmp with send, or the number of \
+                 rounds or the time after which the switch comes"
+            }
+            () if self.max_postcopy_bandwidth > 0 && !(self.postcopy || on_timeout || controlled) => {
+                "--max-postcopy-bandwidth is of a switch to postcopy: give --postcopy too"
+            }
+            () => return Ok(()),
+        };
+        Err(Usage(why.into()))
+    }
+
     /// Under QEMU's names.
     pub(super) fn plan(&self, plan: Plan) -> Plan {
         plan.having("postcopy-ram", self.postcopy).with("max-postcopy-bandwidth", self.max_postcopy_bandwidth)
@@ -91,6 +125,15 @@ impl PostcopyArgs {
 }
 
 impl ReconnectArgs {
+    /// Refuses further connections where a lost one is the end. Behind a switch to postcopy page channels are no
+    /// obstacle.
+    pub(super) fn check(&self, channels: u8, postcopy: bool) -> Result<(), Usage> {
+        if !self.reconnect.is_zero() && channels > 0 && !postcopy {
+            return Err(Usage(NO_RECONNECT_WITH_CHANNELS.into()));
+        }
+        Ok(())
+    }
+
     /// Under QEMU's names.
     pub(super) fn plan(&self, plan: Plan) -> Plan {
         plan.having("postcopy-preempt", self.postcopy_preempt)

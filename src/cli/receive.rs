@@ -20,10 +20,11 @@ use serde_json::json;
 
 use super::args::Exit;
 use super::common::{
-    ChannelArgs, Timeouts, bytes, complain, failed, human_bytes, seconds, unix_path, uri_help,
+    ChannelArgs, Timeouts, Usage, bytes, complain, failed_in, human_bytes, seconds, unix_path, uri_help,
 };
 use super::metrics::MetricsArgs;
 use super::output::{note, result_line};
+use super::postcopy::NO_RECONNECT_WITH_CHANNELS;
 use super::progress::Progress;
 use super::qmp::{Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
@@ -81,7 +82,7 @@ pub(super) struct Args {
     reconnect: Duration,
     /// Print one JSON object instead of a report
     #[arg(long)]
-    json: bool,
+    pub(in crate::cli) json: bool,
     #[command(flatten)]
     metrics: MetricsArgs,
     #[command(flatten)]
@@ -114,18 +115,32 @@ fn passed_memory(
 pub(super) fn run(args: &Args) -> Exit {
     match receive(args) {
         Ok(exit) => exit,
-        Err(error) => failed("receive", &*error),
+        Err(error) => failed_in("receive", args.json, &*error),
+    }
+}
+
+impl Args {
+    /// Refuses options that don't go together.
+    pub(super) fn check(&self) -> Result<(), Usage> {
+        self.channels.options()?;
+        if !self.reconnect.is_zero() && self.channels.count() > 0 {
+            return Err(Usage(NO_RECONNECT_WITH_CHANNELS.into()));
+        }
+        Ok(())
     }
 }
 
 fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channels = args.channels.options()?;
+    let statistics = SharedStatistics::default();
+    // A port that is in use is told before anything listens.
+    let metrics = args.metrics.serve("receive", statistics.clone())?;
     let mut guest = IncomingGuest::new(Store::open(&args.dir)?)?.sharing(&args.ignore_shared);
     let cancel = CancelToken::default();
     let stop = Stop::on(&cancel);
     // A process that reads the printed address may send a signal.
     let signals = cancel_on_signal(vec![cancel.clone()]);
-    let (statistics, canceller) = (SharedStatistics::default(), Arc::new(OnceLock::<Canceller>::new()));
+    let canceller = Arc::new(OnceLock::<Canceller>::new());
     let (early, late) = (cancel.clone(), Arc::clone(&canceller));
     let cancels = move || match late.get() {
         Some(canceller) => canceller.cancel(),
@@ -200,7 +215,6 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         }
     });
     let progress = Progress::follow_destination(session.statistics());
-    let metrics = args.metrics.serve("receive", session.statistics())?;
     let report = session.run();
     drop((progress, metrics));
     let exit = settled(&guest, &report);
@@ -215,13 +229,19 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         Ending::Stranded | Ending::Incomplete => {}
     }
     signals.ended(exit);
-    tell(args, &way, &guest, &report);
     // The guest is here in either case.
     let differs = matches!(report.memory_check, Some(MemoryCheck::Differs { .. }));
-    Ok(if differs && exit == Exit::Done { Exit::NotVerified } else { exit })
+    let exit = if differs && exit == Exit::Done { Exit::NotVerified } else { exit };
+    tell(args, &way, &guest, (&report, exit));
+    Ok(exit)
 }
 
-fn tell(args: &Args, way: &ChosenTransport, guest: &IncomingGuest, report: &DestinationReport) {
+fn tell(
+    args: &Args,
+    way: &ChosenTransport,
+    guest: &IncomingGuest,
+    (report, exit): (&DestinationReport, Exit),
+) {
     let state = guest.manifest().map_or(State::Arriving, |manifest| manifest.state);
     if let Some(error) = &report.error {
         complain("receive", error);
@@ -233,6 +253,7 @@ fn tell(args: &Args, way: &ChosenTransport, guest: &IncomingGuest, report: &Dest
     if args.json {
         let blocks = guest.manifest().map(|manifest| manifest.blocks);
         let out = json!({
+            "outcome": exit.word(),
             "arrived": arrived,
             "state": if arrived { state } else { State::Arriving },
             "transport": way.transport,

@@ -25,7 +25,8 @@ use signal_hook::iterator::Signals;
 
 use super::args::Exit;
 use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, bytes, complain, failed, seconds, uri_help,
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, Usage, bytes, complain, failed_in, seconds,
+    uri_help,
 };
 use super::converge::{print_remedies, warn_if_not_converging};
 use super::guardian::{Guardian, advice};
@@ -74,7 +75,7 @@ pub(super) struct Args {
     huge_pages: bool,
     /// Print one JSON object instead of a report
     #[arg(long)]
-    json: bool,
+    pub(in crate::cli) json: bool,
     /// Page channels on which the guest's source sends (QEMU: multifd on, multifd-channels N)
     #[arg(long, value_name = "N", default_value = "0")]
     listen_channels: u8,
@@ -116,7 +117,7 @@ const AT_ITS_SOURCE: &str = "the guest's source had switched to postcopy, and on
                              it does not run at the far end";
 
 pub(super) fn run(args: &Args) -> Exit {
-    run_relay(args).unwrap_or_else(|error| failed("relay", &*error))
+    run_relay(args).unwrap_or_else(|error| failed_in("relay", args.json, &*error))
 }
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
@@ -125,6 +126,8 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let statistics = SharedStatistics::default();
     signals.follow(statistics.clone());
+    // A port that is in use is told before anything listens.
+    let metrics = args.watch.metrics.serve("relay", statistics.clone())?;
     let control = RelayControl::default();
     let (asked, called_off) = (control.clone(), Arc::new(Mutex::new(false)));
     let by_signal = Arc::clone(&called_off);
@@ -222,7 +225,6 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         (outgoing.peer, outgoing.style) = (Some(option.peer), Some(option.style));
     }
     warn_if_not_converging("relay", &statistics, REMEDIES);
-    let metrics = args.watch.metrics.serve("relay", statistics.clone())?;
     let service = StatusLine::follow(statistics.clone());
     let near_way = connection.chosen.clone();
     let relay = Relay {
@@ -246,6 +248,23 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
 }
 
 impl Args {
+    /// Refuses options that don't go together.
+    pub(super) fn check(&self) -> Result<(), Usage> {
+        self.channels.options()?;
+        self.channels.check()?;
+        if self.listen_channels == 0 && self.listen_compression != PageCompression::Plain {
+            return Err(Usage(
+                "--listen-compression is for page channels: give --listen-channels too".into(),
+            ));
+        }
+        // A setting of the connection to the far end; where the source comes by RDMA it is no mistake.
+        if matches!(self.listen.scheme(), "rdma" | "auto") {
+            Ok(())
+        } else {
+            self.rdma.check_at(&self.connect)
+        }
+    }
+
     /// A monitor, if one was asked for. It cancels as a signal does: by `cancels`, and what is no session by `token`.
     fn monitor(
         &self,
@@ -343,6 +362,7 @@ fn tell(
         complain("relay", error);
         print_remedies("relay", Some(error), REMEDIES);
     }
+    let exit = exit_of(report, called_off);
     if args.json {
         let way = |way: &ChosenTransport| json!({ "transport": way.transport, "why": way.why });
         let connect = far.map(way);
@@ -364,7 +384,10 @@ fn tell(
                 "memory_bytes": scan.memory,
             })
         });
+        let error = errors.into_iter().flatten().next().map(|error| in_words(error));
         let out = json!({
+            "outcome": exit.word(),
+            "error": error,
             "completed": report.received.ending == Ending::Running,
             "received_pages": report.received.pages,
             "received_bytes": report.received.bytes,
@@ -396,6 +419,10 @@ fn tell(
         }
         RelayEnding::Failed | RelayEnding::InDoubt => keep_guest(args, report),
     }
+    exit
+}
+
+fn exit_of(report: &RelayReport, called_off: bool) -> Exit {
     match report.ending {
         RelayEnding::Running => Exit::Done,
         // A ramwire that has handed over its guest never resumes it by itself.

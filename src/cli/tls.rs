@@ -25,6 +25,11 @@ pub(super) struct SourceTlsArgs {
 }
 
 impl SourceTlsArgs {
+    /// TLS is requested.
+    pub(super) fn is_given(&self) -> bool {
+        self.tls_dir.is_some()
+    }
+
     /// The address with the configured TLS settings.
     pub(super) fn at(&self, address: &Address) -> Result<Address, Box<dyn std::error::Error>> {
         let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls)?) };

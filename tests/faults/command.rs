@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -47,6 +47,67 @@ fn bad_options_exit_2_and_name_the_remedy() {
         assert_eq!(ended.status.code(), Some(2), "{arguments:?}: {text}");
         assert!(text.contains(says), "{arguments:?}: {text:?} does not say {says:?}");
     }
+}
+
+/// Runs the command; its status and both outputs.
+fn ended(arguments: &[&str], input: Stdio) -> (Option<i32>, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ramwire"));
+    let ended = command.args(arguments).stdin(input).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (ended.status.code(), text(&ended.stdout), text(&ended.stderr))
+}
+
+/// A monitor reads one object, whatever goes wrong.
+#[test]
+fn with_json_every_end_has_an_object_with_its_reason() {
+    let dir = scratch();
+    let (nothing, guest) = (dir.path().join("nothing"), dir.path().join("guest"));
+    let (nothing, guest) = (nothing.to_str().unwrap(), guest.to_str().unwrap());
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for (arguments, status, outcome) in [
+        (&["send", "tcp:127.0.0.1:1", "--dir", nothing][..], 3, "failed"),
+        (&["send", "tcp:127.0.0.1:1", "--dir", nothing, "--compression", "zlib"], 2, "refused"),
+        (&["receive", "tcp:127.0.0.1:0", "--dir", guest, "--metrics", &port], 3, "failed"),
+        (&["receive", "exec:false", "--dir", guest], 3, "failed"),
+        (
+            &["relay", "--listen", "tcp:127.0.0.1:0", "--connect", "tcp:127.0.0.1:1", "--metrics", &port],
+            3,
+            "failed",
+        ),
+        (&["demo", "--ram", "1M", "--metrics", &port], 3, "failed"),
+    ] {
+        let arguments = [arguments, &["--json"]].concat();
+        let (found, out, errors) = ended(&arguments, Stdio::null());
+        assert_eq!(found, Some(status), "{arguments:?}: {errors}");
+        let out: serde_json::Value =
+            serde_json::from_str(&out).unwrap_or_else(|_| panic!("{arguments:?}: {out}"));
+        assert!(out["outcome"] == outcome && out["error"].is_string(), "{arguments:?}: {out}");
+        let bound = !arguments.contains(&&*port) || !errors.contains("listening on");
+        assert!(bound, "{arguments:?}: {errors}");
+    }
+    assert!(!Path::new(nothing).exists(), "a folder that was to be read was made");
+}
+
+#[test]
+fn what_can_not_be_read_or_served_is_named() {
+    let dir = scratch();
+    let file = dir.path().join("memory");
+    fs::write(&file, [0; 4096]).unwrap();
+    let (file, folder) = (file.to_str().unwrap(), dir.path().to_str().unwrap());
+    for (arguments, status, says) in [
+        (&["inspect", "no-such-file"][..], 3, "no-such-file"),
+        (&["inspect", folder], 3, folder),
+        (&["report", file, "-o", file], 2, "the log itself"),
+        (&["bench", "latency", "--output", "no/such/folder"], 3, "no/such/folder"),
+        (&["serve", "--from", file, "--listen", "fd:0"], 2, "a socket that listens"),
+        (&["send", "mapped:x", "--dir", "d", "--channels", "2", "--compression", "zlib"], 3, "manifest.json"),
+    ] {
+        let (found, _, errors) = ended(arguments, Stdio::null());
+        assert_eq!(found, Some(status), "{arguments:?}: {errors}");
+        assert!(errors.contains(says) && errors.lines().count() == 1, "{arguments:?}: {errors}");
+    }
+    assert_eq!(fs::read(file).unwrap(), [0; 4096], "it was written over");
 }
 
 #[test]

@@ -22,12 +22,12 @@ use std::time::Duration;
 
 use ramwire::engine::{Outcome, ThrottlePolicy};
 use ramwire::guest::GuestMemory;
-use ramwire::observe::RunDescription;
+use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::ram::RamBlockTable;
 use ramwire::session::{Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify};
 use ramwire::stream::qemu::file::Configuration;
-use ramwire::sys::{CancelToken, Stop, memory_room};
-use ramwire::units::Percent;
+use ramwire::sys::{CancelToken, MappingError, Stop, memory_room};
+use ramwire::units::{PageSize, Percent};
 
 use self::blocks::BlockSpec;
 pub(super) use self::destination::Args as DestinationArgs;
@@ -36,7 +36,7 @@ use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
 use super::common::{
-    RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed, human_bytes, local_options,
+    RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed_in, human_bytes, is_same_file, local_options,
 };
 use super::converge::{ConvergeArgs, REMEDIES, print_remedies, warn_if_not_converging};
 use super::limits::LimitArgs;
@@ -103,6 +103,7 @@ pub(super) struct Args {
     /// a VMM that is replaced by a newer version
     #[arg(long, conflicts_with_all = SENDING)]
     #[arg(conflicts_with_all = ["huge_pages", "snapshot", "restore", "avail_switchover_bandwidth"])]
+    #[arg(conflicts_with_all = ["base", "lazy", "release_ram"])]
     same_host: bool,
     #[command(flatten)]
     limits: LimitArgs,
@@ -127,6 +128,7 @@ pub(super) struct Args {
     /// Do not migrate: write the guest as it is at one moment to this file (mapped:) while it runs, then start another
     /// guest from the file, which checks its memory
     #[arg(long, value_name = "FILE", conflicts_with_all = SENDING, conflicts_with_all = REPORTING)]
+    #[arg(conflicts_with = "lazy")]
     snapshot: Option<PathBuf>,
     /// With --snapshot: write a snapshot to this file first and let the guest run on; the other file then holds only
     /// what has changed since
@@ -134,14 +136,14 @@ pub(super) struct Args {
     base: Option<PathBuf>,
     /// Start a guest from such a file, with --ram and --block as they were; it runs and checks its memory
     #[arg(long, value_name = "FILE", conflicts_with_all = SENDING, conflicts_with_all = REPORTING)]
-    #[arg(conflicts_with = "snapshot")]
+    #[arg(conflicts_with_all = ["snapshot", "base"])]
     restore: Option<PathBuf>,
     /// With --restore: start the guest at once and read its memory in the background
     #[arg(long, requires = "restore")]
     lazy: bool,
     /// Print one JSON object instead of a report
     #[arg(long)]
-    json: bool,
+    pub(in crate::cli) json: bool,
     #[command(flatten)]
     watch: WatchArgs,
     #[command(flatten)]
@@ -203,7 +205,7 @@ pub(super) fn run(args: &Args) -> Exit {
         (_, Some(path)) => restore::run(args, path),
         _ => demo(args),
     };
-    done.unwrap_or_else(|error| failed("demo", &*error))
+    done.unwrap_or_else(|error| failed_in("demo", args.json, &*error))
 }
 
 /// A demo without options about how to converge or when to end throttles its guest if the link is slow: in larger steps
@@ -228,28 +230,15 @@ const FAILED_VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
 type Failure = Box<dyn std::error::Error>;
 
 fn demo(args: &Args) -> Result<Exit, Failure> {
-    // Impossible settings are reported before anything starts.
-    args.channels.options()?;
-    if args.link_rate > 0 && args.transport != Transport::Tcp {
-        return Err(
-            Usage("--link-rate holds back a TCP connection: give --transport tcp as well".into()).into()
-        );
-    }
-    if args.tls.is_given() && args.transport == Transport::Rdma {
-        return Err(Usage("--tls-dir encrypts a byte stream: give --transport tcp or unix".into()).into());
-    }
     let settings = settings(args)?;
     let postcopy = settings.postcopy.is_some();
-    if postcopy {
-        refuse_postcopy(args)?;
-    }
-    if args.cut > 0 {
-        refuse_cuts(args)?;
-    }
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(Usage)?;
     check_room(args, &blocks)?;
-    let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
+    let memory =
+        Arc::new(BlockSpec::memory(&blocks, args.huge_pages).map_err(|error| of_both_ends(args, error))?);
     let (guest, choice) = args.guest.filled(args, Arc::clone(&memory))?;
+    let statistics = SharedStatistics::default();
+    let metrics = args.watch.metrics.serve("demo", statistics.clone())?;
     let log = args.watch.create_log()?;
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
@@ -258,12 +247,13 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
     let again = Redial::new(way.address.clone(), local_options());
-    let session =
-        SourceSession::new(source, connection, settings).with_cancel(cancel).with_reconnect(Box::new(again));
+    let session = SourceSession::new(source, connection, settings)
+        .with_statistics(statistics)
+        .with_cancel(cancel)
+        .with_reconnect(Box::new(again));
     signals.ask(session.canceller());
     signals.follow(session.statistics());
     warn_if_not_converging("demo", &session.statistics(), REMEDIES);
-    let metrics = args.watch.metrics.serve("demo", session.statistics())?;
     let progress = Progress::follow(session.statistics());
     let log = log.follow(session.statistics(), run);
     let written = || guest.control().vcpu_dirty_pages().iter().sum::<u64>();
@@ -329,6 +319,16 @@ fn refuse_cuts(args: &Args) -> Result<(), Usage> {
     Err(Usage(why.into()))
 }
 
+/// The other process needs as many huge pages.
+fn of_both_ends(args: &Args, error: Failure) -> Failure {
+    let twice = error.is::<MappingError>() && args.hugepages > PageSize::SIZE_4K.bytes() && !args.same_host;
+    if twice {
+        format!("{error}; each of the two ends needs as many: reserve twice that").into()
+    } else {
+        error
+    }
+}
+
 /// Both processes have the guest's pages, and of zero pages none unless they are touched ahead.
 fn check_room(args: &Args, blocks: &[BlockSpec]) -> Result<(), Failure> {
     let total: u64 = blocks.iter().filter(|block| !block.is_reserved()).map(BlockSpec::length).sum();
@@ -357,11 +357,56 @@ fn room_for(need: u64, who: &str) -> Result<(), Failure> {
 }
 
 impl Args {
+    /// Refuses options that don't go together.
+    pub(in crate::cli) fn check(&self) -> Result<(), Usage> {
+        if let (Some(path), Some(base)) = (&self.snapshot, &self.base)
+            && is_same_file(path, base)
+        {
+            return Err(Usage(
+                "--base and --snapshot are one file: the changes need a file of their own".into(),
+            ));
+        }
+        if self.snapshot.is_some() || self.restore.is_some() {
+            return Ok(());
+        }
+        self.channels.options()?;
+        self.channels.check()?;
+        self.check_transport()?;
+        settings(self)?;
+        self.postcopy.check(false, self.converge.timeout.may_switch())?;
+        if self.may_switch() {
+            refuse_postcopy(self)?;
+        }
+        if self.cut > 0 { refuse_cuts(self) } else { Ok(()) }
+    }
+
+    fn check_transport(&self) -> Result<(), Usage> {
+        if self.link_rate > 0 && self.transport != Transport::Tcp {
+            return Err(Usage(
+                "--link-rate holds back a TCP connection: give --transport tcp as well".into(),
+            ));
+        }
+        if self.tls.is_given() && self.transport == Transport::Rdma {
+            return Err(Usage("--tls-dir encrypts a byte stream: give --transport tcp or unix".into()));
+        }
+        let (way, is_rdma) = match self.transport {
+            Transport::Tcp => ("--transport tcp", false),
+            Transport::Unix => ("--transport unix", false),
+            Transport::Auto | Transport::Rdma => ("", true),
+        };
+        self.rdma.check(way, is_rdma)
+    }
+
+    /// The guest may run at the destination before its memory has arrived.
+    fn may_switch(&self) -> bool {
+        self.postcopy.postcopy || self.converge.timeout.may_switch()
+    }
+
     /// Missing pages can't be compared; the guest checks them where it runs.
     fn verify(&self) -> Verify {
         // Memory that is passed is not compared; the guest checks it where it runs.
         let passed = self.same_host;
-        if self.no_digest || self.postcopy.postcopy || passed { Verify::Off } else { self.verify.into() }
+        if self.no_digest || self.may_switch() || passed { Verify::Off } else { self.verify.into() }
     }
 
     fn description(&self, way: &Way, table: &RamBlockTable) -> RunDescription {
@@ -375,7 +420,7 @@ impl Args {
             .with("channels", self.channels.count())
             .with("verify", word_of(self.verify()))
             .with("tls", self.tls.is_given())
-            .with("postcopy", self.postcopy.postcopy)
+            .with("postcopy", self.may_switch())
             .with("cut", self.cut)
             .with("release_ram", self.release_ram)
     }

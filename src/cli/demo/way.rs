@@ -92,9 +92,9 @@ impl Way {
             Transport::Auto if args.cut > 0 && !postcopy => {
                 tcp(format!("a connection that is cut (--cut) and replaced is a byte stream, and {FASTER}"))
             }
-            Transport::Auto if postcopy => {
-                tcp(format!("a switch to postcopy (--postcopy) needs a byte stream, and {FASTER}"))
-            }
+            Transport::Auto if postcopy => tcp(format!(
+                "a switch to postcopy (--postcopy, --timeout-action) needs a byte stream, and {FASTER}"
+            )),
             Transport::Auto if args.channels.count() > 0 => {
                 tcp(format!("page channels (--channels) need a byte stream, and {FASTER}"))
             }

@@ -42,7 +42,7 @@ type Ask<'a> = &'a dyn Fn() -> Result<String, std::fmt::Error>;
 pub(super) struct MetricsArgs {
     /// Serve figures for Prometheus at http://HOST:PORT/metrics; a PORT alone is on the loopback, port 0 any free one.
     /// Any client that can connect can read them
-    #[arg(long, value_name = "[HOST:]PORT")]
+    #[arg(long, value_name = "[HOST:]PORT", value_parser = place)]
     metrics: Option<String>,
 }
 
@@ -72,6 +72,16 @@ impl MetricsArgs {
             std::thread::Builder::new().name("ramwire-metrics".into()).spawn(serve).map_err(failed)?;
         note!("ramwire {command}: metrics at http://{address}/metrics");
         Ok(Some(Metrics { cancel, thread: Some(thread) }))
+    }
+}
+
+/// A port, or HOST:PORT.
+fn place(text: &str) -> Result<String, String> {
+    let (host, port) = text.rsplit_once(':').unwrap_or(("", text));
+    let is_host = !host.contains(':') || host.starts_with('[') && host.ends_with(']');
+    match port.parse::<u16>() {
+        Ok(_) if is_host => Ok(text.to_owned()),
+        _ => Err(format!("{text:?} is neither HOST:PORT nor a port up to 65535")),
     }
 }
 

@@ -15,7 +15,7 @@ use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, MappedDestination, RemoteMemory, StoredMemory, Target};
 
 use super::args::Exit;
-use super::common::{failed, human_bytes};
+use super::common::{Usage, failed, human_bytes};
 use super::metrics::MetricsArgs;
 use super::output::note;
 use super::service;
@@ -86,6 +86,26 @@ impl FromStr for Stored {
     }
 }
 
+impl Args {
+    /// Refuses options that don't go together.
+    pub(super) fn check(&self) -> Result<(), Usage> {
+        if self.listen.scheme() != "unix" {
+            return Err(Usage(format!(
+                "--listen {}: VMMs connect to a UNIX socket; give unix:PATH",
+                self.listen
+            )));
+        }
+        if self.tls.is_given() && !matches!(self.from, Stored::Remote(_)) {
+            return Err(Usage(
+                "--tls-dir encrypts the connection to a `ramwire serve`: give its address with --from, or leave \
+                 --tls-dir out"
+                    .into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
 impl Stored {
     /// The address of another host's memory with the configured TLS settings.
     fn secured(&self, tls: &SourceTlsArgs) -> Result<Self, Box<dyn std::error::Error>> {
@@ -124,9 +144,6 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let Target::Path(path) = args.listen.target() else {
         return Err(format!("--listen {}: VMMs connect to a UNIX socket; give unix:PATH", args.listen).into());
     };
-    if args.listen.scheme() != "unix" {
-        return Err(format!("--listen {}: VMMs connect to a UNIX socket; give unix:PATH", args.listen).into());
-    }
     let from = args.from.secured(&args.tls)?;
     if let Stored::Remote(address) = &from {
         warn_if_unencrypted("pager", address, "encrypt it (--tls-dir DIR)");
@@ -136,11 +153,11 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
     let _signals = cancel_on_signal(vec![cancel.clone()]);
     note!("ramwire pager: {} of memory from {}", human_bytes(memory.len()), memory.name());
-    note!("listening on {}", args.listen);
-    service::ready(&format!("{} of memory at {}", human_bytes(memory.len()), args.listen));
     let (stop, spawner, figures) = (Stop::on(&cancel), Spawner::default(), Arc::new(Figures::default()));
     let asked = Arc::clone(&figures);
     let _metrics = args.metrics.serve_text("pager", Box::new(move || asked.text()))?;
+    note!("listening on {}", args.listen);
+    service::ready(&format!("{} of memory at {}", human_bytes(memory.len()), args.listen));
     let mut threads = Vec::new();
     while let Some(stranger) = listening.next(&stop)? {
         threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());

@@ -39,6 +39,11 @@ pub(super) struct QmpArgs {
 }
 
 impl QmpArgs {
+    /// A monitor is requested.
+    pub(super) fn is_given(&self) -> bool {
+        self.qmp.is_some()
+    }
+
     /// True if other users may reach it: a client's commands are then not this user's commands.
     pub(super) fn is_reached_by_others(&self) -> bool {
         matches!(self.qmp, Some(Place::Tcp(_)))

@@ -9,7 +9,7 @@ use std::io::{BufReader, Write};
 use std::path::PathBuf;
 
 use super::args::Exit;
-use super::common::failed;
+use super::common::{Usage, failed, is_same_file};
 use crate::cli::remedies::in_words;
 
 /// Makes one self-contained HTML page of a log that `--log-rounds` wrote: no scripts, no other files.
@@ -32,6 +32,12 @@ pub(super) fn run(args: &Args) -> Exit {
 
 fn report(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let file = File::open(&args.file).map_err(|error| format!("{}: {error}", args.file.display()))?;
+    if is_same_file(&args.file, &args.output) {
+        let output = args.output.display();
+        return Err(
+            Usage(format!("--output {output} is the log itself; name another file for the page")).into()
+        );
+    }
     let run = read::read(BufReader::new(file))
         .map_err(|error| format!("{}: {}", args.file.display(), in_words(&error)))?;
     let page = page::page(&run, &charts::pictures(&run)?);

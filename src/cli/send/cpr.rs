@@ -10,8 +10,17 @@ use super::super::common::Usage;
 use super::super::store::StoredGuest;
 
 /// Options about pages: where memory is passed none is sent.
-pub(super) const EXCLUDES: [&str; 6] =
-    ["from", "channels", "postcopy", "xbzrle_cache_size", "verify", "digest"];
+pub(super) const EXCLUDES: [&str; 9] = [
+    "from",
+    "channels",
+    "PostcopyArgs",
+    "xbzrle_cache_size",
+    "verify",
+    "digest",
+    "postcopy_preempt",
+    "release_ram",
+    "fallback",
+];
 /// The schemes behind which a process can have the memory.
 const TO_A_PROCESS: [&str; 3] = ["unix", "tcp", "fd"];
 

@@ -22,14 +22,16 @@ use clap::ValueEnum as _;
 
 use super::args::Exit;
 use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, complain, exit_of, failed, unix_path, uri_help,
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, Usage, complain, ended_early, exit_of,
+    failed_in, unix_path, uri_help,
 };
 use super::converge::{TimeoutArgs, print_remedies, warn_if_not_converging};
 use super::limits::LimitArgs;
 use super::output::{note, result_line, result_text};
-use super::postcopy::{PostcopyArgs, ReconnectArgs};
+use super::postcopy::{PostcopyArgs, ReconnectArgs, warn_if_not_replaceable};
 use super::progress::Progress;
 use super::qmp::{Plan, QmpArgs};
+use super::remedies::in_words;
 use super::render;
 use super::signals::{SignalWatch, cancel_on_signal};
 use super::store::{Block, Custody, DOUBT_PASSED, Overrides, State, StoredGuest};
@@ -116,7 +118,7 @@ pub(super) struct Args {
     switchover_bandwidth: u64,
     /// Print one JSON object instead of a report
     #[arg(long)]
-    json: bool,
+    pub(in crate::cli) json: bool,
     #[command(flatten)]
     watch: WatchArgs,
     #[command(flatten)]
@@ -182,9 +184,6 @@ fn block(text: &str) -> Result<Block, String> {
 }
 
 pub(super) fn run(args: &Args) -> Exit {
-    if let Err(error) = args.channels.options() {
-        return failed("send", &error);
-    }
     let opened = match &args.dir {
         Some(dir) => StoredGuest::open(dir, &args.ram, overrides(args)).map_err(Into::into),
         None => match &args.from {
@@ -193,7 +192,7 @@ pub(super) fn run(args: &Args) -> Exit {
         },
     };
     let sent = opened.and_then(|guest| serve(args, guest));
-    sent.unwrap_or_else(|error: Box<dyn std::error::Error>| failed("send", &*error))
+    sent.unwrap_or_else(|error: Box<dyn std::error::Error>| failed_in("send", args.json, &*error))
 }
 
 fn overrides(args: &Args) -> Overrides {
@@ -234,16 +233,21 @@ fn serve(args: &Args, guest: StoredGuest) -> Result<Exit, Box<dyn std::error::Er
     let stopped = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone(), stopped.clone()]);
     let controlled = Controlled::new(args, &cancel, stopped);
+    // A port that is in use is told before the destination is asked.
+    let _metrics = args.watch.metrics.serve("send", controlled.statistics.clone())?;
     // Dropped last: its clients are told how it ended.
     let monitor = args.qmp.serve("send", &controlled.subject)?;
     let Some(uri) = &args.uri else {
         let Some((uri, planned)) = controlled.wait_for_migrate(args) else {
+            if args.json {
+                ended_early(Exit::Cancelled, None);
+            }
             return Ok(Exit::Cancelled);
         };
         let sent = send(&planned, &uri, guest, &cancel, &signals, &controlled);
         let exit = sent.unwrap_or_else(|error| {
             controlled.failed(&*error, &cancel);
-            let exit = failed("send", &*error);
+            let exit = failed_in("send", args.json, &*error);
             signals.ended(exit);
             exit
         });
@@ -307,7 +311,7 @@ fn send(
         .with_reconnect(Box::new(again));
     let session = if args.cpr.is_some() { session.with_memory_passed() } else { session };
     warn_if_not_converging("send", &session.statistics(), REMEDIES);
-    let metrics = args.watch.metrics.serve("send", session.statistics())?;
+    warn_if_not_replaceable("send", &session.statistics());
     let custody = guest.custody();
     controlled.follow(session.control());
     signals.ask(session.canceller());
@@ -318,14 +322,15 @@ fn send(
     let log = log.follow(session.statistics(), run);
     let report = session.run();
     log.finish();
-    drop((progress, metrics));
+    drop(progress);
     let exit = exit_of(&report);
     settle(custody.as_deref(), exit);
     signals.ended(exit);
-    tell(args, &way, &report);
     // The guest is gone all the same.
     let differs = matches!(report.memory_check, Some(MemoryCheck::Differs { .. }));
-    Ok(if differs { Exit::NotVerified } else { exit })
+    let exit = if differs { Exit::NotVerified } else { exit };
+    tell(args, &way, &report, exit);
+    Ok(exit)
 }
 
 /// Puts into the folder how it ended. A folder that takes no more says less than is known, and never that the guest may
@@ -343,6 +348,23 @@ fn settle(custody: Option<&Custody>, exit: Exit) {
 }
 
 impl Args {
+    /// Refuses options that don't go together. Where a client of the monitor gives the destination, it may also set
+    /// what an option needs.
+    pub(super) fn check(&self) -> Result<(), Usage> {
+        self.channels.options()?;
+        let postcopy = self.postcopy.postcopy || self.timeout.may_switch();
+        self.postcopy.check(self.qmp.is_given(), self.timeout.may_switch())?;
+        if postcopy && self.verify() != Verify::Off {
+            return Err(Usage(
+                "what is missing after a switch to postcopy can't be compared: leave --verify or the switch out".into(),
+            ));
+        }
+        self.reconnect.check(self.channels.count(), postcopy)?;
+        let Some(uri) = &self.uri else { return Ok(()) };
+        self.channels.check()?;
+        self.rdma.check_at(uri)
+    }
+
     /// The options under QEMU's names.
     fn plan(&self) -> Plan {
         let plan = Plan::default()
@@ -379,7 +401,7 @@ impl Args {
     }
 }
 
-fn tell(args: &Args, way: &ChosenTransport, report: &SourceReport) {
+fn tell(args: &Args, way: &ChosenTransport, report: &SourceReport, exit: Exit) {
     if let Some(error) = &report.error {
         complain("send", error);
         print_remedies("send", Some(error), REMEDIES);
@@ -407,6 +429,8 @@ fn tell(args: &Args, way: &ChosenTransport, report: &SourceReport) {
     }
     if args.json {
         let mut out = report.statistics.query_migrate();
+        out["outcome"] = json!(exit.word());
+        out["error"] = json!(report.error.as_ref().map(|error| in_words(error)));
         out["transport"] = json!(way.transport);
         out["why"] = json!(way.why);
         out["rounds"] = json!(report.statistics.rounds);
