@@ -210,7 +210,25 @@ fn a_guest_runs_there_before_its_memory_has_come() {
             "{came}"
         );
         assert_eq!((rounds(&out), &out["digest_compared"]), (0, &false.into()), "{out}");
+        assert!(
+            count(&out["throughput_bytes_per_s"]) > 0 && count(&out["batch_latency"]["count"]) > 0,
+            "{out}"
+        );
     }
+}
+
+/// The comparison that is the default yields to it.
+#[test]
+fn a_guest_that_does_not_converge_in_time_runs_there_before_its_memory_has_come() {
+    let dir = scratch();
+    let link = ["demo", "--transport", "tcp", "--max-bandwidth", "2M", "--ram", "16M", "--working-set", "2M"];
+    let arguments = [&link[..], &["--timeout", "0.5", "--timeout-action", "postcopy"]].concat();
+    let out = Ramwire::start(dir.path(), &arguments, "--json").finished(Deadline::seconds(100), 0);
+    assert_eq!(
+        (&out["postcopy"]["switched"], &out["digest_compared"]),
+        (&true.into(), &false.into()),
+        "{out}"
+    );
 }
 
 /// The connection is cut while pages follow, each time before others are placed, however fast they come; all arrive whole.

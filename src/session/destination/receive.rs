@@ -141,8 +141,8 @@ impl DestinationSession {
             Event::PackageBytes(bytes) => self.switch.package_bytes(bytes, limit)?,
             Event::PackageEnd => return Ok(Some(DestinationEvent::Package)),
             Event::MappedBlock { .. } => {
-                let what = "a RAM block of a mapped-ram file, which mapped:PATH reads,";
-                return Err(out_of_turn(what, "a plain precopy stream"));
+                let what = "a RAM block of a mapped-ram file (mapped:PATH reads those)";
+                return Err(out_of_turn(what, "a plain stream was read"));
             }
             Event::Filled { .. } | Event::MappedBytes(_) => {
                 return Err(out_of_turn("a record of another kind of migration", "a plain precopy stream"));

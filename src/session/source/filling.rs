@@ -5,7 +5,7 @@
 //! The target pages of a host page leave together.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::engine::{Background, NextMissing, Pace, Release, SourceEvent};
 use crate::guest::GuestMemory;
@@ -249,6 +249,7 @@ impl SourceSession {
     /// Sends a batch; requested pages have no limit.
     fn write_missing(&mut self, batch: PageBatch, asked: bool) -> Result<(), Error> {
         let (now, before) = (self.driver.clock.now(), self.wire.position());
+        let begun = Instant::now();
         let Self { missing, wire: Wire { link, stop, .. }, .. } = self;
         if let Err(error) = missing.pages.write(&batch, link.sink(), stop) {
             self.pages.mark_unsent(&batch);
@@ -256,6 +257,7 @@ impl SourceSession {
         }
         let bytes = self.wire.position() - before;
         self.missing.background.sent(now, batch.pages(), bytes, asked);
+        self.figures.offered(begun.elapsed());
         self.figures.counted(&batch);
         if let Some(release) = &mut self.missing.release {
             release.sent(&batch);
