@@ -102,7 +102,7 @@ pub(in crate::transport) fn connect(
     };
     let packets = Arc::new(AtomicU64::new(0));
     let prints = Arc::clone(&link.prints);
-    for (id, (channel, counter)) in (0..).zip(channels.into_iter().zip(link.counters.clone())) {
+    for (id, (channel, counter)) in (0..=u8::MAX).zip(channels.into_iter().zip(link.counters.clone())) {
         let (queue, work) = bounded(QUEUED);
         let peer = channel.peer().to_owned();
         let sender = PageSender {

@@ -304,3 +304,19 @@ fn within_a_host_each_core_has_one_channel_and_over_a_network_four() {
     channels.push(channel(writer.into()));
     assert_eq!(super::default_active(&channels), 4 * cores);
 }
+
+/// The highest id is 254.
+#[test]
+fn as_many_channels_as_there_are_ids_are_opened() {
+    let (main, _main_far) = UnixStream::pair().unwrap();
+    let options = ChannelOptions { count: 255, ..ChannelOptions::default() };
+    let mut far_ends = Vec::new();
+    let open = || {
+        let (near, far) = UnixStream::pair().unwrap();
+        far_ends.push(far);
+        Ok(channel(near))
+    };
+    let memory = Memory::new();
+    let link = connect(Box::new(channel(main)), Arc::clone(&memory.guest) as _, &options, open).unwrap();
+    assert_eq!((link.page_channels(), far_ends.len()), (255, 255));
+}
