@@ -119,6 +119,11 @@ pub trait ByteSource: Send + Sealed {
         Ok(())
     }
 
+    /// True if the bytes lie in a file, or are the output of a command or pipe: no guest is given away by them.
+    fn is_stored(&self) -> bool {
+        false
+    }
+
     /// From here on the caller's [`Stop`] alone ends a wait: neither the stall timeout does, nor an outage of up to `limit`.
     fn tolerate_outage(&mut self, _limit: Duration) {}
 

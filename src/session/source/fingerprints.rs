@@ -231,12 +231,16 @@ impl SourceSession {
 
     /// A requested check that a peer of this kind can't do.
     pub(super) fn refuse_verify(&self, handover: Handover, why: &str) -> Result<(), Error> {
-        match self.settings.verify {
-            _ if handover == Handover::Native => Ok(()),
-            Verify::Off => Ok(()),
-            Verify::Fast => Err(no_fingerprints(why)),
-            Verify::Full => Err(no_digest(why)),
-        }
+        if handover == Handover::Native { Ok(()) } else { refuse_verify(self.settings.verify, why) }
+    }
+}
+
+/// A requested check that a peer can't do.
+pub(super) fn refuse_verify(verify: Verify, why: &str) -> Result<(), Error> {
+    match verify {
+        Verify::Off => Ok(()),
+        Verify::Fast => Err(no_fingerprints(why)),
+        Verify::Full => Err(no_digest(why)),
     }
 }
 

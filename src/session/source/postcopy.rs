@@ -41,6 +41,14 @@ pub(super) fn host_pages(blocks: &[RamBlock]) -> u64 {
     travels.fold(0, |all, block| all | block.host_page.bytes())
 }
 
+/// A switch can't be made where nobody answers.
+pub(super) fn no_answers_for_postcopy() -> Error {
+    Error::Config {
+        what: "postcopy was asked for, and the connection carries no answers".into(),
+        remedy: Remedy::Advice("migrate over a connection of both directions (tcp:, unix:)"),
+    }
+}
+
 impl SourceSession {
     /// What can't be switched to postcopy is refused before the first byte.
     pub(super) fn refuse_postcopy(&self) -> Result<(), Error> {
@@ -57,10 +65,7 @@ impl SourceSession {
                 "set SourceSettings::postcopy, or let the timeout cancel or finish",
             ),
             () if !asked => Ok(()),
-            () if self.wire.back.is_none() => refused(
-                "the connection carries no answers",
-                "migrate over a connection of both directions (tcp:, unix:)",
-            ),
+            () if self.wire.back.is_none() => Err(no_answers_for_postcopy()),
             () if urgent::time_of(&self.settings).is_some() && !self.missing.recovery.can_connect() => {
                 refused(
                     "it is not known how to make the connection for urgent pages",

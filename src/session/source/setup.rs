@@ -21,10 +21,12 @@ use crate::sys::Stop;
 use crate::units::{GuestAddr, PageSize};
 
 use super::SourceSession;
+use super::fingerprints::refuse_verify;
 use super::passing::not_its_memory;
 use super::peer::refuse_verdict;
+use super::postcopy::no_answers_for_postcopy;
 use super::return_path::{PeerMessage, check_deadline};
-use crate::session::config::Verify;
+use crate::session::config::{SourceSettings, Verify};
 use crate::session::digest::Digest;
 use crate::session::{Error, ErrorKind, Peer};
 
@@ -116,16 +118,7 @@ impl SourceSession {
 
     /// A requested feature that no peer on this connection can provide is refused before the first byte.
     pub(super) fn refuse_unsupported(&self) -> Result<(), Error> {
-        let why = match self.settings.peer {
-            Some(Peer::Qemu) => "the destination is a QEMU",
-            _ if self.wire.back.is_none() => "the connection carries no answers",
-            _ => return Ok(()),
-        };
-        self.refuse_verify(Handover::Shut, why)?;
-        match &self.settings {
-            settings if !settings.vmm_configuration.is_empty() => Err(no_vmm_configuration(why)),
-            _ => Ok(()),
-        }
+        refuse_unanswered(&self.settings, self.wire.back.is_some())
     }
 
     /// A QEMU does not report how many page channels it waits for: it closes, or sends nothing. It closes its page
@@ -342,6 +335,30 @@ pub(crate) fn described(announced: &BlockAnnouncement) -> RamBlock {
     block.guest_addr = announced.guest_addr;
     block.flags = BlockFlags::default();
     block
+}
+
+impl SourceSettings {
+    /// What a session with these settings refuses in any case, before its first byte. For a caller that must not open
+    /// a connection in vain. `answers`: the connection carries the destination's answers
+    /// ([`Address::carries_answers`](crate::transport::Address::carries_answers)).
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check(&self, answers: bool) -> Result<(), Error> {
+        refuse_unanswered(self, answers)?;
+        if self.postcopy.is_some() && !answers { Err(no_answers_for_postcopy()) } else { Ok(()) }
+    }
+}
+
+/// What only a ramwire, or a destination that answers, can do.
+fn refuse_unanswered(settings: &SourceSettings, answers: bool) -> Result<(), Error> {
+    let why = match settings.peer {
+        Some(Peer::Qemu) => "the destination is a QEMU",
+        _ if !answers => "the connection carries no answers",
+        _ => return Ok(()),
+    };
+    refuse_verify(settings.verify, why)?;
+    if settings.vmm_configuration.is_empty() { Ok(()) } else { Err(no_vmm_configuration(why)) }
 }
 
 fn no_vmm_configuration(why: &str) -> Error {

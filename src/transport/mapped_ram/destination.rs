@@ -267,6 +267,10 @@ impl ByteSource for MappedDestination {
         }
         Ok(given)
     }
+
+    fn is_stored(&self) -> bool {
+        true
+    }
 }
 
 impl DestinationLink for MappedDestination {

@@ -46,18 +46,21 @@ impl MappedFile {
         Ok(this)
     }
 
-    /// Opens or creates a file for writing. Its old content after `starts_at` is deleted permanently: everything
-    /// written there from now on belongs to this guest.
+    /// Opens or creates a file for writing. Its old content is as it was until [`empty`](Self::empty).
     pub(super) fn to_write(path: &Path, starts_at: u64) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         // The file holds a guest's memory: only its owner may access a new one.
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let mut this = Self::locked(path, starts_at, &options, FlockOperation::NonBlockingLockExclusive)?;
         this.direct = Direct::to_write(&this.file);
-        this.cut(starts_at)?;
-        // Also on the disk: an old first word must not precede new pages after a crash.
-        this.sync()?;
         Ok(this)
+    }
+
+    /// Deletes its old content after `starts_at` permanently: everything written there from now on belongs to this guest.
+    pub(super) fn empty(&self) -> io::Result<()> {
+        self.cut(self.starts_at)?;
+        // Also on the disk: an old first word must not precede new pages after a crash.
+        self.sync()
     }
 
     fn locked(path: &Path, starts_at: u64, options: &OpenOptions, how: FlockOperation) -> io::Result<Self> {

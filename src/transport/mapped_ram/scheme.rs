@@ -16,7 +16,12 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     hint: "mapped:/path/of/the/file or mapped:/path/of/the/file,offset=4096",
     parse: parse_mapped,
     // The number of page channels is here the number of threads.
-    abilities: SchemeAbilities { page_channels: true, pages_in_stream: false, decides_late: false },
+    abilities: SchemeAbilities {
+        page_channels: true,
+        pages_in_stream: false,
+        answers: false,
+        decides_late: false,
+    },
     open: write,
     connect: no_stream,
     listen: |address, _, _| Ok(Box::new(Stored(address.clone()))),

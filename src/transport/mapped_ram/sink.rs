@@ -31,6 +31,8 @@ pub(super) struct MappedSink {
     to: ToMapped,
     /// Bytes of the plain stream.
     position: u64,
+    /// The old content is deleted: with the first byte, since a migration may be refused before that.
+    emptied: bool,
     /// The last page is at its offset.
     complete: bool,
     has_bitmaps: bool,
@@ -42,7 +44,17 @@ pub(super) struct MappedSink {
 impl MappedSink {
     pub(super) fn new(file: Arc<MappedFile>, written: Arc<Written>, page: PageSize) -> Self {
         let to = ToMapped::new(file.starts_at, page);
-        Self { file, written, to, position: 0, complete: false, has_bitmaps: false, ended: false, note: None }
+        Self {
+            file,
+            written,
+            to,
+            position: 0,
+            emptied: false,
+            complete: false,
+            has_bitmaps: false,
+            ended: false,
+            note: None,
+        }
     }
 
     /// To be written behind the stream.
@@ -56,6 +68,10 @@ impl MappedSink {
     }
 
     fn push(&mut self, bytes: &[u8]) -> Result<(), ChannelError> {
+        if !self.emptied {
+            self.file.empty().map_err(|source| self.file.failed(WRITING, source))?;
+            self.emptied = true;
+        }
         let refused = |error: DecodeError| self.file.failed(WRITING, io::Error::other(error));
         self.to.push(bytes).map_err(refused)?;
         self.position += bytes.len() as u64;

@@ -169,6 +169,10 @@ impl ByteSource for MultifdDestination {
         ByteSource::tolerate_outage(&mut self.main, limit);
     }
 
+    fn is_stored(&self) -> bool {
+        ByteSource::is_stored(&self.main)
+    }
+
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         self.main.descriptor()
     }

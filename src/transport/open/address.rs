@@ -98,6 +98,11 @@ impl Address {
         &self.target
     }
 
+    /// True if a destination's answers come back on it. For a descriptor it is unknown: true.
+    pub fn carries_answers(&self) -> bool {
+        self.scheme.abilities.answers
+    }
+
     /// True for `auto:`: the transport is chosen when it is opened, and [`ChosenTransport`](crate::transport::ChosenTransport) reports it.
     pub fn decides_late(&self) -> bool {
         self.scheme.abilities.decides_late

@@ -32,7 +32,12 @@ pub(super) static SCHEME: Scheme = Scheme {
     form: "auto:HOST:PORT (RDMA, or else TCP)",
     hint: "auto:HOST:PORT, an IPv6 address as auto:[::1]:4444",
     parse: parse_host,
-    abilities: SchemeAbilities { page_channels: false, pages_in_stream: true, decides_late: true },
+    abilities: SchemeAbilities {
+        page_channels: false,
+        pages_in_stream: true,
+        answers: true,
+        decides_late: true,
+    },
     open,
     connect: no_stream,
     listen: |address, allow, stop| Ok(Box::new(AutoListener::bind(address, allow, stop)?)),

@@ -9,7 +9,12 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     form: "rdma:HOST:PORT",
     hint: "rdma:HOST:PORT with an address of the RDMA device's interface",
     parse: parse_rdma_host,
-    abilities: SchemeAbilities { page_channels: false, pages_in_stream: false, decides_late: false },
+    abilities: SchemeAbilities {
+        page_channels: false,
+        pages_in_stream: false,
+        answers: true,
+        decides_late: false,
+    },
     open: |opening| Err(not_built(opening.address)),
     connect: no_stream,
     listen: |address, _, _| Err(not_built(address)),

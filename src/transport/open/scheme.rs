@@ -60,6 +60,8 @@ pub(in crate::transport) struct SchemeAbilities {
     pub(in crate::transport) page_channels: bool,
     /// Pages are sent in the stream, so they may be sent as differences.
     pub(in crate::transport) pages_in_stream: bool,
+    /// The other end answers, or may: not a file, nor a command.
+    pub(in crate::transport) answers: bool,
     /// The transport is chosen when the address is opened.
     pub(in crate::transport) decides_late: bool,
 }

@@ -20,7 +20,12 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     form: "rdma:HOST:PORT",
     hint: "rdma:HOST:PORT with an address of the RDMA device's interface",
     parse: parse_rdma_host,
-    abilities: SchemeAbilities { page_channels: false, pages_in_stream: false, decides_late: false },
+    abilities: SchemeAbilities {
+        page_channels: false,
+        pages_in_stream: false,
+        answers: true,
+        decides_late: false,
+    },
     open: |opening| {
         let (address, rdma) = (opening.address, &opening.options.rdma);
         if rdma.may_discard {

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -87,6 +87,7 @@ impl StreamChannel {
             sync_file: options.sync_file,
             flags_before: blocking.then_some(flags),
             child,
+            to_empty: AtomicBool::new(false),
         };
         Ok(Self {
             end: Arc::new(end),
@@ -126,6 +127,12 @@ impl StreamChannel {
         let (stream, mut back) = self.split();
         back.stall = None;
         (stream, both_ways.then_some(back))
+    }
+
+    /// A file that is emptied when its first byte is written.
+    pub(super) fn emptied_first(self) -> Self {
+        self.end.to_empty.store(true, Ordering::Relaxed);
+        self
     }
 
     /// Name of the other end, for messages.

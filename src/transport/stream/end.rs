@@ -1,7 +1,7 @@
 //! The descriptor of a stream, shared by its halves.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -37,9 +37,19 @@ pub(in crate::transport) struct End {
     /// Status flags to restore: another process may use the same pipe or terminal after us.
     pub(super) flags_before: Option<OFlags>,
     pub(super) child: Option<ChildCommand>,
+    /// A file whose old content is deleted in front of the first byte.
+    pub(super) to_empty: AtomicBool,
 }
 
 impl End {
+    /// The first byte is to be written.
+    pub(super) fn empty(&self) -> std::io::Result<()> {
+        match self.to_empty.swap(false, Ordering::Relaxed) {
+            true => Ok(rustix::fs::ftruncate(&self.fd, 0)?),
+            false => Ok(()),
+        }
+    }
+
     pub(in crate::transport) fn kind(&self) -> FdKind {
         match self.stream_kind {
             StreamKind::Tcp | StreamKind::Socket => FdKind::Socket,

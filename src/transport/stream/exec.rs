@@ -33,7 +33,12 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     form: "exec:COMMAND",
     hint: "exec:COMMAND",
     parse: parse_command,
-    abilities: SchemeAbilities { page_channels: false, pages_in_stream: true, decides_late: false },
+    abilities: SchemeAbilities {
+        page_channels: false,
+        pages_in_stream: true,
+        answers: false,
+        decides_late: false,
+    },
     open: open_stream,
     connect: |address, options, _| opened(address, REMEDY, write_to(address.command(), options)),
     listen: |address, _, _| {

@@ -19,7 +19,12 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     form: "fd:N",
     hint: "fd:N with the descriptor's number",
     parse: parse_descriptor,
-    abilities: SchemeAbilities { page_channels: false, pages_in_stream: true, decides_late: false },
+    abilities: SchemeAbilities {
+        page_channels: false,
+        pages_in_stream: true,
+        answers: true,
+        decides_late: false,
+    },
     open: open_stream,
     connect: |address, options, _| take(address, options),
     listen: |address, allow, _| listen(address, allow),

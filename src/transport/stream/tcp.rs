@@ -19,7 +19,12 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     form: "tcp:HOST:PORT",
     hint: "tcp:HOST:PORT, an IPv6 address as tcp:[::1]:4444",
     parse: parse_host,
-    abilities: SchemeAbilities { page_channels: true, pages_in_stream: true, decides_late: false },
+    abilities: SchemeAbilities {
+        page_channels: true,
+        pages_in_stream: true,
+        answers: true,
+        decides_late: false,
+    },
     open: open_stream,
     connect: |address, options, stop| {
         let (host, port) = address.host();

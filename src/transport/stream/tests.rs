@@ -11,8 +11,8 @@ use crate::sys::{
     CancelToken,
     blocked::{own_thread, until_blocked},
 };
-use crate::sys::{RecvPart, Stop, StopReason};
-use crate::transport::{ByteSource, ChannelError, ReadHints};
+use crate::sys::{RecvPart, SendPart, Stop, StopReason};
+use crate::transport::{ByteSink as _, ByteSource, ChannelError, ReadHints};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -215,4 +215,22 @@ fn a_unix_socket_waits_for_its_first_byte() {
         assert_eq!(take(&mut far, DUE).unwrap(), 10);
         assert_eq!(far.low_water.mark(), 1);
     }
+}
+
+/// A migration may be refused after the file was opened.
+#[test]
+fn a_file_keeps_what_it_holds_until_the_first_byte_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    std::fs::write(&path, "another guest").unwrap();
+    let address: crate::transport::Address = format!("file:{}", path.display()).parse().unwrap();
+    let stop = Stop::never();
+    let open = || crate::transport::connect(&address, &StreamOptions::default(), &stop).unwrap();
+    drop(open());
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "another guest");
+    let mut channel = open();
+    channel.send(&[SendPart::Own(b"new")], &stop).unwrap();
+    channel.send(&[SendPart::Own(b"er")], &stop).unwrap();
+    channel.finish(&stop).unwrap();
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "newer");
 }

@@ -57,6 +57,7 @@ impl StreamChannel {
             if let Some(reason) = stop.reason() {
                 return Err(ChannelError::Stopped { reason, doing: SENDING });
             }
+            end.empty().map_err(|error| end.broken(SENDING, error))?;
             let window = &parts[first..parts.len().min(first + MAX_PARTS)];
             match backend.send(end, window, skip) {
                 Ok(count) => {
@@ -214,6 +215,10 @@ impl ByteSource for StreamChannel {
 
     fn tolerate_outage(&mut self, limit: Duration) {
         self.wait_out_outage(limit);
+    }
+
+    fn is_stored(&self) -> bool {
+        matches!(self.end.stream_kind, StreamKind::Pipe | StreamKind::File)
     }
 
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {

@@ -18,7 +18,12 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
     form: "unix:PATH",
     hint: "unix:/run/guest.sock",
     parse: parse_path,
-    abilities: SchemeAbilities { page_channels: true, pages_in_stream: true, decides_late: false },
+    abilities: SchemeAbilities {
+        page_channels: true,
+        pages_in_stream: true,
+        answers: true,
+        decides_late: false,
+    },
     open: open_stream,
     connect: |address, options, stop| connect(address.file(), options, stop),
     listen: |address, _, _| {
