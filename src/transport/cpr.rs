@@ -12,9 +12,10 @@ use rustix::event::PollFlags;
 
 use super::open::{Listening, retry_until_listening};
 use super::stream::unix::UnixListener;
+use crate::error::Chain;
 use crate::ram::BlockName;
 use crate::stream::qemu::cpr::{
-    CprStateError, MAX_CPR_STATE, WITH_DESCRIPTOR, decode_cpr_state, encode_cpr_state,
+    CPR_BEGIN, CprStateError, MAX_CPR_STATE, WITH_DESCRIPTOR, decode_cpr_state, encode_cpr_state,
 };
 use crate::sys::{RecvPart, SendPart, SharedFile, Stop};
 use crate::transport::{
@@ -57,6 +58,16 @@ pub enum CprError {
 pub struct CprListener {
     listening: UnixListener,
     options: StreamOptions,
+    strangers: Strangers,
+}
+
+/// Told of connections that were closed.
+struct Strangers(Box<dyn Fn(&str) + Send + Sync>);
+
+impl std::fmt::Debug for Strangers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Strangers").finish_non_exhaustive()
+    }
 }
 
 /// The memory that a QEMU has passed; it waits until this is [taken](Self::hang_up).
@@ -72,49 +83,84 @@ impl CprListener {
     /// # Errors
     /// [`OpenError::Open`].
     pub fn bind(path: &Path, options: &StreamOptions) -> Result<Self, OpenError> {
-        Ok(Self { listening: UnixListener::bind(path)?, options: *options })
+        let listening = UnixListener::bind(path)?;
+        let strangers = Strangers(Box::new(|why| tracing::warn!(why, "a stranger on the cpr channel")));
+        Ok(Self { listening, options: *options, strangers })
     }
 
-    /// Waits for a QEMU and reads what it passes.
+    /// Makes it call `tell` for each connection that was closed because no QEMU began to pass memory on it.
+    pub fn on_stranger(&mut self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        self.strangers = Strangers(Box::new(tell));
+    }
+
+    /// Waits for a QEMU and reads what it passes. A connection that does not begin so is closed, and listening goes on.
     ///
     /// # Errors
     /// [`CprError`].
     pub fn accept(self, stop: &Stop) -> Result<CprMemory, CprError> {
-        const WAITING: &str = "waiting for a QEMU on the cpr channel";
-        let mut channel =
-            loop {
-                for socket in self.listening.sockets() {
-                    let waited = stop.wait(socket.as_fd(), PollFlags::IN).map_err(|source| {
-                        ChannelError::Io { peer: self.listening.place(), doing: WAITING, source }
-                    })?;
-                    if let Some(reason) = waited {
-                        return Err(ChannelError::Stopped { reason, doing: WAITING }.into());
-                    }
-                }
-                if let Some(channel) = self.listening.take(&self.options)? {
-                    break channel;
-                }
-            };
-        channel.want_descriptors(true);
-        let (mut bytes, mut descriptors) = (Vec::new(), Vec::new());
         loop {
-            let mut buffer = [0; 4096];
-            let got = channel.recv(&mut [RecvPart::Own(&mut buffer)], stop)?;
-            descriptors.extend(std::iter::from_fn(|| channel.next_descriptor()));
-            if got == 0 {
-                break;
-            }
-            bytes.extend_from_slice(&buffer[..got]);
-            if bytes.len() > MAX_CPR_STATE || descriptors.len() > bytes.len() {
-                return Err(CprError::Long);
+            let channel = self.next(stop)?;
+            let mut begun = false;
+            match read_memory(channel, &mut begun, stop) {
+                Err(error) if !begun && stop.reason().is_none() => {
+                    let why = Chain(&error);
+                    (self.strangers.0)(&format!(
+                        "closed a connection that passed no memory ({why}); listening goes on"
+                    ));
+                }
+                done => return done,
             }
         }
-        let names = decode_cpr_state(&bytes)?;
-        if names.len() != descriptors.len() {
-            return Err(CprError::Descriptors { names: names.len(), arrived: descriptors.len() });
-        }
-        Ok(CprMemory { _channel: channel, memory: names.into_iter().zip(descriptors).collect() })
     }
+
+    /// The next connection.
+    fn next(&self, stop: &Stop) -> Result<StreamChannel, CprError> {
+        const WAITING: &str = "waiting for a QEMU on the cpr channel";
+        loop {
+            for socket in self.listening.sockets() {
+                let waited = stop.wait(socket.as_fd(), PollFlags::IN).map_err(|source| ChannelError::Io {
+                    peer: self.listening.place(),
+                    doing: WAITING,
+                    source,
+                })?;
+                if let Some(reason) = waited {
+                    return Err(ChannelError::Stopped { reason, doing: WAITING }.into());
+                }
+            }
+            if let Some(channel) = self.listening.take(&self.options)? {
+                return Ok(channel);
+            }
+        }
+    }
+}
+
+/// Reads what a QEMU passes. `begun`: it has begun as a QEMU's.
+fn read_memory(mut channel: StreamChannel, begun: &mut bool, stop: &Stop) -> Result<CprMemory, CprError> {
+    channel.want_descriptors(true);
+    let (mut bytes, mut descriptors) = (Vec::new(), Vec::new());
+    loop {
+        let mut buffer = [0; 4096];
+        let got = channel.recv(&mut [RecvPart::Own(&mut buffer)], stop)?;
+        descriptors.extend(std::iter::from_fn(|| channel.next_descriptor()));
+        if got == 0 {
+            break;
+        }
+        bytes.extend_from_slice(&buffer[..got]);
+        if bytes.len() >= CPR_BEGIN.len() && !*begun {
+            if !bytes.starts_with(&CPR_BEGIN) {
+                return Err(CprStateError::NoState.into());
+            }
+            *begun = true;
+        }
+        if bytes.len() > MAX_CPR_STATE || descriptors.len() > bytes.len() {
+            return Err(CprError::Long);
+        }
+    }
+    let names = decode_cpr_state(&bytes)?;
+    if names.len() != descriptors.len() {
+        return Err(CprError::Descriptors { names: names.len(), arrived: descriptors.len() });
+    }
+    Ok(CprMemory { _channel: channel, memory: names.into_iter().zip(descriptors).collect() })
 }
 
 impl CprMemory {
@@ -252,6 +298,25 @@ mod tests {
         let mut peer = listener.accept().unwrap().0;
         peer.write_all(b"QEVM").unwrap();
         assert!(matches!(sender.pass(&[], &Stop::never()), Err(CprError::Answered)));
+    }
+
+    #[test]
+    fn a_connection_that_passes_nothing_is_closed_and_the_next_one_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cpr");
+        let mut listener = CprListener::bind(&path, &StreamOptions::default()).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let tell = std::sync::Mutex::new(tell);
+        listener.on_stranger(move |why| tell.lock().unwrap().send(why.to_owned()).unwrap());
+        drop(UnixStream::connect(&path).unwrap());
+        UnixStream::connect(&path).unwrap().write_all(b"GET / HTTP/1.0\r\n").unwrap();
+        let mut qemu = UnixStream::connect(&path).unwrap();
+        qemu.write_all(b"QCPR\0\0\0\x01\0").unwrap();
+        qemu.shutdown(std::net::Shutdown::Write).unwrap();
+        let memory = listener.accept(&Stop::never()).unwrap();
+        assert!(memory.hang_up().is_empty());
+        let strangers: Vec<_> = told.try_iter().collect();
+        assert!(strangers.len() == 2 && strangers.iter().all(|why| why.contains("listening goes on")));
     }
 
     #[test]

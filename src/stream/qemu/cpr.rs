@@ -18,6 +18,8 @@ use crate::ram::BlockName;
 
 /// `QCPR`.
 const MAGIC: u32 = 0x5143_5052;
+/// What it begins with.
+pub(crate) const CPR_BEGIN: [u8; 4] = MAGIC.to_be_bytes();
 const VERSION: u32 = 1;
 /// The byte that each descriptor is sent with.
 pub const WITH_DESCRIPTOR: u8 = 0x20;
