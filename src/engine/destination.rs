@@ -17,6 +17,10 @@
 //! The guest never runs here before the source has handed it over: without COMMIT (towards a QEMU: without the last
 //! byte of its device state) every end discards what arrived.
 //!
+//! A source without a return path waits for no answer: it has given its guest away when it has written its last byte,
+//! which may still be under way to here. Only a source that has closed its connection before its last byte is known to
+//! have kept the guest. Every other end is a doubt, and after the last byte this is kept as the only copy.
+//!
 //! Where memory was passed it is the source's until COMMIT, and loading device state may write to it: it is loaded after
 //! COMMIT.
 
@@ -54,6 +58,8 @@ pub enum DestinationEvent {
     /// Answer: whether the guest runs here is not known. Its start broke off, and it could not be stopped again.
     MayRun,
 
+    /// The source closed its connection before its last byte: it has kept its guest.
+    SourceLeft,
     /// The current action failed, or the stream did.
     Failed,
     /// The connection, or after the guest was started among missing pages a page, is lost.
@@ -108,8 +114,13 @@ pub enum Ending {
     /// The source handed the guest over, but it could not be started: this is the only copy. RAM is whole and the
     /// device state is loaded, so that the VMM may start the guest itself, at any time; if it can't, an operator
     /// resumes the guest at the source, which keeps it paused. Never both. Where memory was passed the device state may
-    /// not be loaded, or in part, and the same memory is the source's guest.
+    /// not be loaded, or in part, and the same memory is the source's guest. From a source without a return path it may
+    /// not be loaded either: it was given away whether it could be loaded or not.
     Stranded,
+    /// The source has no return path, and may have given the guest away: its last byte may have been under way when this
+    /// end failed or was cancelled. What arrived is discarded. The guest runs on at its source, or runs nowhere and is
+    /// whole only there: an operator looks, and lets it run there.
+    Unanswered,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,6 +170,8 @@ pub struct DestinationEngine {
     /// All pages of a guest that runs here since a switch to postcopy have arrived.
     whole: bool,
     late_load: bool,
+    /// The source waits for no answer.
+    unasked: bool,
 }
 
 impl DestinationEngine {
@@ -181,7 +194,13 @@ impl DestinationEngine {
             runs: false,
             whole: false,
             late_load: false,
+            unasked: false,
         }
+    }
+
+    /// The source has no return path: it gives its guest away with its last byte, unasked. Before the first page.
+    pub fn source_gives_unasked(&mut self) {
+        self.unasked = true;
     }
 
     /// Whether a lost connection may be followed by another, once the guest runs here among missing pages. May change.
@@ -245,9 +264,18 @@ impl DestinationEngine {
             E::Cancel if self.is_bound() || self.has_failed() => {}
             E::Cancel => self.fail(),
             E::Woken if self.wake_at.is_none_or(|at| now < at) => {}
+            E::SourceLeft => {
+                (self.busy, self.unasked) = (false, false);
+                self.answered(now, event);
+            }
             E::Failed | E::Lost | E::Woken => {
                 self.busy = false;
                 self.answered(now, event);
+            }
+            // The cancel met the last byte: the source has given the guest away, and all of it is here.
+            E::Tail if self.phase == Phase::Failing(Ending::Unanswered) && self.outbox.is_some() => {
+                self.committed = true;
+                self.go(Phase::Loading, DestinationAction::LoadState);
             }
             // Without a current action this is no answer: another event has ended the action.
             _ if !std::mem::take(&mut self.busy) => {}
@@ -268,6 +296,7 @@ impl DestinationEngine {
     fn answered(&mut self, now: Duration, event: DestinationEvent) {
         use {DestinationAction as A, DestinationEvent as E};
         match (self.phase, event) {
+            (Phase::Failing(Ending::Unanswered), E::SourceLeft) => self.end(Ending::Discarded),
             (Phase::Failing(ending), _) => self.end(ending),
             (Phase::Ended(_), _) => {}
             (Phase::Receiving, E::Hello { digest, memory_check }) => {
@@ -404,14 +433,18 @@ impl DestinationEngine {
     }
 
     /// A QEMU receives SHUT(1) and resumes its guest, so what arrived is discarded although its last byte has arrived.
-    /// A ramwire never resumes after COMMIT: then the only copy may be ours. Where pages are missing it can't be, and a
-    /// ramwire resumes as a QEMU does.
+    /// A ramwire never resumes after COMMIT, nor a QEMU without a return path after its last byte: then the only copy may
+    /// be ours. Where pages are missing it can't be, and a ramwire resumes as a QEMU does.
     fn fail(&mut self) {
         if self.whole {
             return self.end(Ending::Running);
         }
-        let stranded = self.native && self.committed && !self.misses_pages();
-        let ending = if stranded { Ending::Stranded } else { Ending::Discarded };
+        let kept = self.native || self.unasked;
+        let ending = match () {
+            () if kept && self.committed && !self.misses_pages() => Ending::Stranded,
+            () if self.unasked => Ending::Unanswered,
+            () => Ending::Discarded,
+        };
         self.go(Phase::Failing(ending), DestinationAction::SendFailed);
     }
 

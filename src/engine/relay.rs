@@ -37,6 +37,10 @@ pub use flow::{RelayFlow, Traffic};
 /// An event for a relay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RelayEvent {
+    /// The source has no return path: it gives its guest away with its last byte, unasked. Before the first page.
+    GivesUnasked,
+    /// Such a source has closed its connection before its last byte: it has kept its guest.
+    SourceKept,
     /// The guest's last page has arrived: the guest is stopped at its source.
     RamComplete,
     /// The device state has arrived.
@@ -138,6 +142,9 @@ pub enum RelayEnding {
     /// Postcopy: the far end was given the guest and has taken it, or the source takes it back in no case; and a
     /// connection was lost while pages were missing there. Each end keeps what it has.
     Incomplete,
+    /// The guest does not run at the far end. Its source has no return path and may have given it away, or has: it runs
+    /// there, or nowhere.
+    Unanswered,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,6 +174,8 @@ pub struct RelayEngine {
     phase: Phase,
     /// The source waits for the outcome.
     source_waits: bool,
+    /// The source may have given its guest away without a question.
+    unasked: bool,
     far_ended: bool,
     /// The source has switched to postcopy.
     switched: bool,
@@ -180,6 +189,7 @@ impl RelayEngine {
         Self {
             phase: Phase::Receiving,
             source_waits: false,
+            unasked: false,
             far_ended: false,
             switched: false,
             outbox: VecDeque::new(),
@@ -210,7 +220,13 @@ impl RelayEngine {
 
     /// True after a failure: the guest does not run at the far end, and never will.
     pub fn has_failed(&self) -> bool {
-        matches!(self.phase, Phase::Telling(RelayEnding::Failed) | Phase::Ended(RelayEnding::Failed))
+        use RelayEnding::{Failed, Unanswered};
+        matches!(self.phase, Phase::Telling(Failed | Unanswered) | Phase::Ended(Failed | Unanswered))
+    }
+
+    /// True if the source waits for the outcome, and can be sent a report. Known once the guest was given to us.
+    pub fn source_waits(&self) -> bool {
+        self.source_waits
     }
 
     /// How it ended, or how it would end now.
@@ -219,6 +235,7 @@ impl RelayEngine {
             Phase::Telling(ending) | Phase::Ended(ending) => ending,
             Phase::GivenAway | Phase::InDoubt | Phase::Untold => RelayEnding::InDoubt,
             Phase::Taken | Phase::Serving => RelayEnding::Incomplete,
+            _ if self.unasked => RelayEnding::Unanswered,
             _ => RelayEnding::Failed,
         }
     }
@@ -258,6 +275,27 @@ impl RelayEngine {
         }
         match (self.phase, event) {
             (_, E::Moved(traffic)) => self.flow.moved(now, traffic),
+            (phase, E::GivesUnasked) => {
+                self.unasked = true;
+                // A cancel was before it.
+                match phase {
+                    Phase::Telling(RelayEnding::Failed) => {
+                        self.phase = Phase::Telling(RelayEnding::Unanswered)
+                    }
+                    Phase::Ended(RelayEnding::Failed) => self.phase = Phase::Ended(RelayEnding::Unanswered),
+                    _ => {}
+                }
+            }
+            (phase, E::SourceKept) => {
+                self.unasked = false;
+                match phase {
+                    Phase::Telling(RelayEnding::Unanswered) => {
+                        self.phase = Phase::Telling(RelayEnding::Failed)
+                    }
+                    Phase::Ended(RelayEnding::Unanswered) => self.phase = Phase::Ended(RelayEnding::Failed),
+                    _ => {}
+                }
+            }
             (Phase::Receiving, E::RamComplete) => self.go(Phase::RamComplete, RelayAction::SendLastRound),
             (Phase::RamComplete, E::StateArrived) => self.go(Phase::StateHere, RelayAction::SendState),
             (Phase::StateHere, E::FarReady) => self.go(Phase::Asked, RelayAction::AskForGuest),
@@ -347,11 +385,15 @@ impl RelayEngine {
     }
 
     fn tell(&mut self, ending: RelayEnding) {
+        let ending = match ending {
+            RelayEnding::Failed if self.unasked => RelayEnding::Unanswered,
+            ending => ending,
+        };
         self.go(
             Phase::Telling(ending),
             match ending {
                 RelayEnding::Running => RelayAction::TellRunning,
-                RelayEnding::Failed => RelayAction::TellFailed,
+                RelayEnding::Failed | RelayEnding::Unanswered => RelayAction::TellFailed,
                 RelayEnding::InDoubt => RelayAction::TellNothing,
                 RelayEnding::Incomplete => RelayAction::Part,
             },

@@ -37,6 +37,8 @@ pub(super) enum Breakage {
     TrustPanickedStart,
     /// Order 6: the destination does not wait for COMMIT.
     ResumeBeforeCommit,
+    /// Order 6: a source without a return path is taken for one that keeps its guest until it is answered.
+    TrustUnasked,
     /// Order 6: the destination sends READY whatever the digests are.
     SkipComparing,
     /// Order 6: the destination sends READY whatever was sent and not placed.
@@ -158,7 +160,7 @@ pub(super) enum Breakage {
 impl Breakage {
     /// What the simulation of a relay switches off.
     #[cfg(test)]
-    pub(super) const OF_RELAYS: [Self; 14] = [
+    pub(super) const OF_RELAYS: [Self; 15] = [
         Self::TellBeforeFarEnd,
         Self::DoubtIsFailure,
         Self::AskBeforeFarEnd,
@@ -173,6 +175,7 @@ impl Breakage {
         Self::AskNobody,
         Self::EndWithoutSource,
         Self::GiveToGone,
+        Self::TrustUnasked,
     ];
 
     /// What the simulation of lost connections switches off.

@@ -338,3 +338,52 @@ fn a_source_that_connects_again_gets_what_it_is_due() {
     alone.set_resumable(false);
     assert_eq!(alone.step(Input::Lost), Action::SendFailed, "no other connection can come");
 }
+
+/// A source without a return path gives its guest away unasked: only one that closes before its last byte has kept it.
+#[test]
+fn a_source_that_waits_for_no_answer_is_in_doubt_unless_it_has_left() {
+    let unasked = || {
+        let mut engine = engine();
+        engine.source_gives_unasked();
+        engine
+    };
+    for (event, ending) in [
+        (Input::Failed, Ending::Unanswered),
+        (Input::Lost, Ending::Unanswered),
+        (Input::Cancel, Ending::Unanswered),
+        (Input::SourceLeft, Ending::Discarded),
+    ] {
+        let mut engine = unasked();
+        assert_eq!(engine.step(event), Action::SendFailed, "{event:?}");
+        assert_eq!(engine.step(Input::Done), Action::Finish(ending), "{event:?}");
+    }
+    // Behind its last byte this is the only copy.
+    for steps in 1..=2 {
+        let mut engine = unasked();
+        engine.step(Input::Tail);
+        (1..steps).for_each(|_| drop(engine.step(Input::Done)));
+        assert_eq!(engine.step(Input::Failed), Action::SendFailed);
+        assert_eq!(engine.step(Input::Done), Action::Finish(Ending::Stranded), "{steps}");
+    }
+    // The same of a source that is told of the failure.
+    let mut asked = engine();
+    asked.step(Input::Tail);
+    assert_eq!(asked.step(Input::Failed), Action::SendFailed);
+    assert_eq!(asked.step(Input::Done), Action::Finish(Ending::Discarded));
+}
+
+/// A cancel and the end of the stream meet: the guest is here, and nowhere else.
+#[test]
+fn a_cancel_that_meets_the_last_byte_of_a_source_without_a_return_path_is_too_late() {
+    let mut engine = engine();
+    engine.source_gives_unasked();
+    engine.handle(Duration::ZERO, Input::Cancel);
+    engine.handle(Duration::ZERO, Input::Tail);
+    assert_eq!(engine.poll(), Some(Action::LoadState));
+    assert!(engine.is_committed());
+    let mut left = self::engine();
+    left.source_gives_unasked();
+    left.handle(Duration::ZERO, Input::Cancel);
+    left.handle(Duration::ZERO, Input::SourceLeft);
+    assert_eq!(left.poll(), Some(Action::Finish(Ending::Discarded)));
+}

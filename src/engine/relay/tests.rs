@@ -110,3 +110,29 @@ fn no_cancel_is_in_time_after_a_switch_to_postcopy() {
         assert!(!engine.may_cancel() && actions == before, "after {step} steps: {actions:?}");
     }
 }
+
+/// A source without a return path may have written its last byte whenever the far end fails or a cancel comes.
+#[test]
+fn a_guest_that_may_be_given_unasked_is_not_said_to_be_at_its_source() {
+    let steps = [E::RamComplete, E::StateArrived, E::FarReady, E::GuestGiven { waits: false }];
+    for (step, end) in
+        (0..=4).flat_map(|step| [E::FarEnded(FarEnd::DoesNotRun), E::Cancel].map(|end| (step, end)))
+    {
+        if step > 2 && end == E::Cancel {
+            continue;
+        }
+        for (first, ending) in
+            [(E::GivesUnasked, RelayEnding::Unanswered), (E::SourceKept, RelayEnding::Failed)]
+        {
+            let (engine, actions) = after(&[&[first], &steps[..step], &[end]].concat());
+            assert_eq!(engine.ending(), ending, "{end:?} after {step} steps");
+            assert!(engine.has_failed() && actions.ends_with(&[A::TellFailed]));
+        }
+    }
+    let (engine, _) = after(&[E::Cancel, E::GivesUnasked]);
+    assert_eq!(engine.ending(), RelayEnding::Unanswered, "the cancel was first");
+    let (engine, _) = after(&[E::GivesUnasked, E::Cancel, E::SourceKept]);
+    assert_eq!(engine.ending(), RelayEnding::Failed, "it closed before its last byte");
+    let (engine, _) = after(&[&[E::GivesUnasked], &steps[..], &[E::FarEnded(FarEnd::Runs)]].concat());
+    assert_eq!(engine.ending(), RelayEnding::Running);
+}

@@ -22,6 +22,8 @@ use super::receive::out_of_turn;
 pub(super) struct SourceReports {
     /// It reads answers.
     pub(super) return_path: bool,
+    /// It waits for no answer, and closed its connection before its last byte.
+    pub(super) left: bool,
     pub(super) configuration: Option<Configuration>,
     /// A ramwire sent the greeting, so that it understands REFUSED.
     pub(super) greeted: bool,

@@ -33,7 +33,7 @@ impl Driver {
         self.canceller.clone()
     }
 
-    /// Reports the result of the last action to the engine. True if it was cancelled before that.
+    /// Reports the result of the last action to the engine. True if it was cancelled before that, and in time.
     pub(super) fn tell(&mut self, event: DestinationEvent) -> bool {
         // A cancel comes before this step or after it, never in between: the step may bind us.
         self.canceller.decide(|| {
@@ -43,7 +43,7 @@ impl Driver {
                 self.engine.handle(now, DestinationEvent::Cancel);
             }
             self.engine.handle(now, event);
-            (cancelled, self.engine.is_bound())
+            (cancelled && !self.engine.is_committed(), self.engine.is_bound())
         })
     }
 

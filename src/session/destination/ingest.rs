@@ -330,6 +330,7 @@ mod tests {
             passed: Vec::new(),
             early_sections: Vec::new(),
             has_return_path: true,
+            gives_unasked: false,
             seen: Seen::default(),
         });
         ingest

@@ -291,6 +291,7 @@ impl DestinationSession {
         tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
         let overdue = error.is_deadline() && self.driver.time_left() == Some(Duration::ZERO);
         let lost = error.kind() == ErrorKind::Channel && self.may_resume();
+        let left = self.reported.left;
         self.error.get_or_insert(error);
         if let Some(event) = self.relayed_loss() {
             return event;
@@ -299,6 +300,7 @@ impl DestinationSession {
             () if self.switch.survives_disconnect(self.may_recover()) => DestinationEvent::Lost,
             () if overdue => DestinationEvent::Woken,
             () if lost => DestinationEvent::Lost,
+            () if left => DestinationEvent::SourceLeft,
             () => DestinationEvent::Failed,
         }
     }

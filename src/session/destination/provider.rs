@@ -30,6 +30,10 @@ pub struct Incoming {
     pub early_sections: Vec<u8>,
     /// The source opened a return path: the result can be reported to it.
     pub has_return_path: bool,
+    /// The source has no return path and is no file: it gives its guest away with its last byte, whether the guest is here
+    /// then or not ([`Ending::Unanswered`](crate::session::Ending::Unanswered)). A QEMU waits for the answer with its
+    /// capability `return-path`.
+    pub gives_unasked: bool,
     /// What the stream has shown of its sender; whole once everything has arrived.
     pub seen: Seen,
 }
@@ -44,6 +48,7 @@ impl Incoming {
             passed: Vec::new(),
             early_sections: Vec::new(),
             has_return_path: true,
+            gives_unasked: false,
             seen: Seen::default(),
         }
     }

@@ -20,7 +20,7 @@ use super::reader::StreamReader;
 use super::{DestinationSession, Incoming};
 use crate::session::callback::named;
 use crate::session::source::described;
-use crate::session::{Error, shared_blocks};
+use crate::session::{Breakage, Error, shared_blocks};
 
 impl DestinationSession {
     /// Reads until something is to be decided.
@@ -89,16 +89,14 @@ impl DestinationSession {
         let inside = if self.ingest.placed().is_none() { "the setup" } else { "RAM or device state" };
         let truncated = Error::Truncated { at: reader.at, inside };
         let waits_for_us = self.driver.engine.is_native() || self.reported.return_path;
-        if waits_for_us || !self.settings.accept_missing_description {
+        let whole = reader.stream.finish().is_ok();
+        // A tail without its description may be all that the source writes.
+        self.reported.left = !waits_for_us && !whole;
+        if waits_for_us || !whole || !self.settings.accept_missing_description {
             return Err(truncated);
         }
-        match reader.stream.finish() {
-            Ok(_) => {
-                self.ingest.device_sections(reader.stream.tail().bytes());
-                Ok(DestinationEvent::Tail)
-            }
-            Err(_) => Err(truncated),
-        }
+        self.ingest.device_sections(reader.stream.tail().bytes());
+        Ok(DestinationEvent::Tail)
     }
 
     /// Applies an event to memory, and returns its meaning for the engine. `raw` are the bytes it took, `seen` is what
@@ -163,8 +161,12 @@ impl DestinationSession {
             // The sections before the list.
             early_sections: self.ingest.take_state(),
             has_return_path: self.reported.return_path && self.wire.back.is_some(),
+            gives_unasked: !self.reported.return_path && !self.wire.link.stream().is_stored(),
             seen: Seen::default(),
         };
+        if incoming.gives_unasked && !self.breakage.is(Breakage::TrustUnasked) {
+            self.driver.engine.source_gives_unasked();
+        }
         self.all_was_passed(&incoming)?;
         let memory = named("calling MemoryProvider::provide", || self.guest.memory.provide(&incoming))?;
         self.switch.check_host_pages(memory.table())?;

@@ -56,7 +56,7 @@ impl DestinationSession {
         let told = |s: &mut Statistics| {
             s.status = match ending {
                 Ending::Running => Status::Completed,
-                Ending::Stranded | Ending::Incomplete => Status::InDoubt,
+                Ending::Stranded | Ending::Incomplete | Ending::Unanswered => Status::InDoubt,
                 Ending::Discarded if matches!(error, Some(Error::Cancelled)) => Status::Cancelled,
                 Ending::Discarded => Status::Failed,
             };

@@ -97,7 +97,7 @@ impl Running {
         running.read_far("\"fields\": []}]}");
         let notice = running.notices.recv_timeout(WAIT).unwrap();
         assert!(
-            matches!(&notice, Notice::InDoubt { why, switched: false } if why.contains("that the guest runs")),
+            matches!(&notice, Notice::InDoubt { why, switched: false, source_waits: true } if why.contains("that the guest runs")),
             "{notice:?}"
         );
         assert!(running.control.is_in_doubt() && running.control.is_given_away());

@@ -108,7 +108,7 @@ impl Middle {
         else {
             return Ok(());
         };
-        if !incoming.has_return_path {
+        if incoming.gives_unasked {
             (self.notice)(&Notice::NoReturnPath);
         }
         settings.adopt(incoming);
@@ -392,6 +392,26 @@ impl DeviceState for StateOfSource {
     }
 }
 
+/// The far end does not have the guest, and why: no step of this end has failed.
+#[derive(Debug, thiserror::Error)]
+#[error("the far end did not take the guest: {0}")]
+pub(super) struct NotTaken(String);
+
+impl NotTaken {
+    /// What ended the side towards the source, told as what it was.
+    pub(super) fn told(error: Error) -> Error {
+        match &error {
+            Error::Control { source, .. } => {
+                match source.get_ref().and_then(|inner| inner.downcast_ref::<Self>()) {
+                    Some(why) => Error::PeerFailed { why: why.to_string() },
+                    None => error,
+                }
+            }
+            _ => error,
+        }
+    }
+}
+
 /// The source side's guest: it "runs" when the far end reports it.
 pub(super) struct SourceSide {
     pub(super) hub: Arc<Hub>,
@@ -409,7 +429,7 @@ impl SourceSide {
             () if inner.has(go) => Some(Ok(())),
             () if inner.has(RelayAction::TellFailed) => {
                 let why = inner.why();
-                Some(Err(io::Error::other(format!("the far end did not take it: {why}"))))
+                Some(Err(io::Error::other(NotTaken(why))))
             }
             () if inner.has(RelayAction::TellNothing) => {
                 self.silenced.store(true, Ordering::Release);

@@ -122,7 +122,8 @@ impl Inner {
                 }
                 RelayAction::ReportDoubt => {
                     let (why, switched) = (self.why(), self.engine.has_switched());
-                    notices.push(Notice::InDoubt { why, switched });
+                    let source_waits = self.engine.source_waits();
+                    notices.push(Notice::InDoubt { why, switched, source_waits });
                 }
                 RelayAction::Finish(_) | RelayAction::Unguard => self.release(),
                 RelayAction::TellFailed | RelayAction::TellNothing | RelayAction::Part => {
@@ -145,7 +146,9 @@ impl Inner {
         if event == RelayEvent::SourceGone && !self.has(RelayAction::Abandon) {
             self.why.get_or_insert_with(|| "the guest's source has closed its connection".into());
         }
-        self.engine.handle(now, event);
+        if event != RelayEvent::GivesUnasked || !self.breakage.is(Breakage::TrustUnasked) {
+            self.engine.handle(now, event);
+        }
     }
 
     /// True if the source is gone and may have taken its guest back. A ramwire never does after its COMMIT.

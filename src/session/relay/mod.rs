@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::bounded;
 
-use crate::engine::{RelayEnding, RelayEvent};
+use crate::engine::{Ending, RelayEnding, RelayEvent};
 use crate::error::{Chain, Remedy};
 use crate::guest::{GuestMemory, MappedGuest};
 use crate::observe::SharedStatistics;
@@ -58,7 +58,7 @@ pub(super) use content_scan::ContentScan;
 pub use content_scan::ScanReport;
 pub(super) use owed::Came;
 
-use ends::{Middle, RelaySink, SourceSide};
+use ends::{Middle, NotTaken, RelaySink, SourceSide};
 pub use guard::{Guard, Held};
 use hub::{Hub, Parts};
 
@@ -78,6 +78,9 @@ pub enum Notice {
         /// The source has switched to postcopy: what the guest misses at the far end is only at the source, which must
         /// not be ended, even if the guest runs at the far end.
         switched: bool,
+        /// The source waits for the outcome on its connection. Otherwise it has no return path, or is a file, and nothing
+        /// can be told to it.
+        source_waits: bool,
     },
     /// The guest is handed over and a [`Guard`] can't hold the source's connection: if this process dies in doubt, the
     /// source may resume the guest.
@@ -151,6 +154,21 @@ impl RelayControl {
     /// True while it is unknown where the guest runs.
     pub fn is_in_doubt(&self) -> bool {
         self.0.lock().engine.is_in_doubt()
+    }
+
+    /// True if the source waits for the outcome on its connection; known once it has given the guest to the relay.
+    pub fn source_waits(&self) -> bool {
+        self.0.lock().engine.source_waits()
+    }
+
+    /// True once the source has switched to postcopy.
+    pub fn has_switched(&self) -> bool {
+        self.0.lock().engine.has_switched()
+    }
+
+    /// How it ended, or how it would end now.
+    pub fn ending(&self) -> RelayEnding {
+        self.0.lock().engine.ending()
     }
 
     /// True from the moment at which the far end may own the guest, until it is known where the guest is.
@@ -263,7 +281,11 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
     };
     session = session.with_incoming_observer(Box::new(middle));
     session.break_order(breakage);
-    let received = session.run();
+    let mut received = session.run();
+    received.error = received.error.map(NotTaken::told);
+    if received.ending == Ending::Discarded {
+        hub.post(RelayEvent::SourceKept);
+    }
     // In any case the far side must not wait for this side any more.
     hub.post(RelayEvent::SourceGone);
     hub.post(RelayEvent::Told);
@@ -306,6 +328,9 @@ struct RelayMemory {
 
 impl MemoryProvider for RelayMemory {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        if incoming.gives_unasked {
+            self.hub.post(RelayEvent::GivesUnasked);
+        }
         let page = incoming.configuration.page_size.unwrap_or(PageSize::SIZE_4K);
         let ram: u64 = incoming.blocks.iter().map(|block| block.used_length).sum();
         if let Some(room) = memory_room().filter(|room| room.bytes < ram) {

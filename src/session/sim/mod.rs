@@ -286,6 +286,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::AskNobody
         | Breakage::EndWithoutSource
         | Breakage::GiveToGone
+        | Breakage::TrustUnasked
         | Breakage::ScanBeforeFinish => &[],
         // Of lost connections: `resume`.
         Breakage::TrustUnconfirmed

@@ -231,6 +231,12 @@ impl World {
             let heard = self.relay.is_some() && self.source.post.taken;
             self.must(!heard, "in doubt although the source knows that its guest was taken");
         }
+        let lost = given && !self.source.has_return_path() && !self.source.dead && !there && !self.far.ran;
+        let at_source = self.relay.as_ref().is_some_and(Relay::says_at_source);
+        self.must(!(lost && at_source), "a guest that runs nowhere is said to be at its source");
+        if lost && self.relay.as_ref().is_some_and(Relay::is_unanswered) {
+            self.saw("given away unasked, and runs nowhere");
+        }
         let each_keeps = self.relay.as_ref().is_some_and(Relay::is_incomplete);
         self.must(
             !(self.taken_back && each_keeps),
@@ -305,6 +311,8 @@ fn simulated_relays_give_the_guest_to_one_side() {
         "taken told by the guard",
         "source went before its guest was given away",
         "source took its guest back from postcopy",
+        "given away unasked, and runs nowhere",
+        "source kept its guest unasked",
     ] {
         assert!(seeds < SEEDS || reached.contains_key(what), "never reached: {what}");
     }
@@ -325,6 +333,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::ForgetOwed => &["a page that is older"],
         Breakage::AskNobody => &["waits for a page that nobody was asked for"],
         Breakage::GiveToGone => &["runs twice"],
+        Breakage::TrustUnasked => &["runs nowhere is said to be at its source"],
         Breakage::EndWithoutSource => &["ended while pages were missing"],
         _ => &[],
     }

@@ -149,3 +149,30 @@ fn s15_a_missing_description_is_taken_only_from_a_source_that_expects_no_answer(
         assert_eq!(matches!(report.error, Some(Error::Truncated { .. })), return_path);
     }
 }
+
+/// A source that waits for no answer may have sent the rest already, unless it closed its connection before the end.
+#[test]
+fn a_source_without_a_return_path_may_have_given_its_guest_away_unless_it_has_left() {
+    let whole = undescribed(false);
+    // A byte of the list of RAM blocks is followed by what is no section.
+    let half = whole.len() / 2;
+    let broken = [&whole[..half], &[0xee; 64]].concat();
+    for (stream, order, ending) in [
+        (&broken, Breakage::None, Ending::Unanswered),
+        (&broken, Breakage::TrustUnasked, Ending::Discarded),
+        (&whole[..half].to_vec(), Breakage::None, Ending::Discarded),
+    ] {
+        let (near, far) = UnixStream::pair().unwrap();
+        (&near).write_all(stream).unwrap();
+        near.shutdown(std::net::Shutdown::Write).unwrap();
+        let machine = Machine::default();
+        let guest =
+            DestinationGuest { memory: Box::new(guest(&[300, 7])), control: Box::new(machine.clone()) };
+        let connection = DestinationConnection::of_stream(plain(&far), Some(plain(&far)));
+        let mut session = DestinationSession::new(guest, connection, DestinationSettings::default());
+        session.break_order(order);
+        let report = session.run();
+        assert_eq!(report.ending, ending, "{order:?}: {:?}", report.error);
+        assert!(!machine.runs());
+    }
+}

@@ -152,6 +152,16 @@ impl Relay {
         self.hub.lock().engine.ending() == RelayEnding::Incomplete
     }
 
+    /// The guest is said to be at its source, for certain.
+    pub(super) fn says_at_source(&self) -> bool {
+        self.hub.lock().engine.ending() == RelayEnding::Failed
+    }
+
+    /// The guest is said to be at its source, or to run nowhere.
+    pub(super) fn is_unanswered(&self) -> bool {
+        self.hub.lock().engine.ending() == RelayEnding::Unanswered
+    }
+
     /// The time, and what the kernel says of the source's connection.
     fn begins_step(&mut self, now: u64, source_is_gone: bool) {
         self.clock.store(now, Ordering::Relaxed);
@@ -208,6 +218,9 @@ impl World {
     pub(super) fn near_steps(&mut self) {
         let Some(mut relay) = self.relay.take() else { return };
         relay.begins_step(self.now, self.source.is_gone());
+        if !self.source.has_return_path() && relay.near == Near::Reading && relay.came == 0 {
+            relay.hub.post(RelayEvent::GivesUnasked);
+        }
         self.near(&mut relay);
         if relay.is_in_doubt() {
             self.saw("in doubt");
@@ -309,7 +322,17 @@ impl World {
             }
             Some(item @ (Item::Discard(_) | Item::Package | Item::End)) => self.near_switches(relay, item),
             Some(Item::Commit) => self.must(false, "the guest was given before it was asked for"),
-            None if self.source.is_gone() => self.near_ends(relay, None),
+            None if self.source.is_gone() => {
+                if !self.source.has_return_path() && !relay.post.switched {
+                    self.must(
+                        !self.source.gave_away,
+                        "a source that gave its guest away is said to have kept it",
+                    );
+                    self.saw("source kept its guest unasked");
+                    relay.hub.post(RelayEvent::SourceKept);
+                }
+                self.near_ends(relay, None);
+            }
             None => {}
         }
     }
