@@ -26,7 +26,7 @@ const EXIT_STATUS: &str = "EXIT STATUS:
     2  bad usage
     3  failed; the guest is safe at the source
     4  cancelled; the guest is safe at the source
-    5  in doubt: the guest was given away, and no report came that it runs
+    5  in doubt: the guest was given away, or may have been, and no report came that it runs
     6  arrived, and not verified: pages differ from those that were sent
 
 The status does not depend on the output: it is the same if the result can't be printed.

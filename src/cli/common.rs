@@ -20,6 +20,7 @@ use super::output::{note, note_line, priority, result_line};
 use super::qmp::Plan;
 use super::remedies::{hint, in_words};
 pub(super) use super::sizes::{bytes, seconds};
+use super::store::StoreError;
 
 /// The help text of an address.
 pub(super) fn uri_help(what: &str) -> String {
@@ -342,6 +343,9 @@ pub(super) fn complain(command: &str, error: &(dyn std::error::Error + 'static))
 pub(super) fn failed(command: &str, error: &(dyn std::error::Error + 'static)) -> Exit {
     complain(command, error);
     if error.is::<Usage>() {
+        return Exit::Usage;
+    }
+    if matches!(error.downcast_ref(), Some(StoreError::NotReplaced { .. })) {
         return Exit::Usage;
     }
     match error.downcast_ref() {

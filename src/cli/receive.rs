@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use ramwire::engine::Ending;
 use ramwire::error::Remedy;
+use ramwire::guest::GuestMemory;
 use ramwire::observe::SharedStatistics;
-use ramwire::ram::BlockName;
+use ramwire::ram::{BlockName, RamBlock};
 use ramwire::session::{
     CancelReply, Canceller, DestinationGuest, DestinationReport, DestinationSession, DestinationSettings,
-    ErrorKind, MemoryCheck, PassedBlock,
+    Error, ErrorKind, Incoming, MemoryCheck, MemoryProvider, PassedBlock,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{
@@ -95,6 +96,48 @@ pub(super) struct Args {
     timeouts: Timeouts,
 }
 
+/// Where the guest may be that a source without a return path has sent, and what an operator does.
+const UNANSWERED: &str = "in doubt: the source has no return path, and gives its guest away with its last byte without \
+                          an answer. Look at the source (`query-migrate` of a QEMU): if it has completed, the guest runs \
+                          nowhere, and is whole there: `cont` lets it go on. If not, it runs on there. Nothing of it is \
+                          kept here; with QEMU's capability `return-path` the source waits for an answer";
+
+/// The folder as the provider of memory, which tells of a source that will not wait for an answer.
+struct Told(IncomingGuest);
+
+impl MemoryProvider for Told {
+    fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        if incoming.gives_unasked {
+            note!(
+                "ramwire receive: the source opened no return path, so it can't be informed of the outcome: check this \
+                 end before you end the source, or set its return-path capability"
+            );
+        }
+        self.0.provide(incoming)
+    }
+
+    fn is_zeroed(&self, block: &RamBlock) -> bool {
+        self.0.is_zeroed(block)
+    }
+
+    fn arrived(&mut self, incoming: &Incoming, native: bool) {
+        self.0.arrived(incoming, native);
+    }
+}
+
+/// What a second signal leaves behind.
+fn left_behind(guest: &IncomingGuest, reply: CancelReply) -> Option<String> {
+    match reply {
+        _ if guest.comes_unasked() => Some(format!("ramwire receive: {UNANSWERED}")),
+        CancelReply::Accepted => None,
+        CancelReply::TooLate => Some(
+            "ramwire receive: in doubt: the source may have given its guest away, and this process ends: look whether it \
+             runs at its source"
+                .into(),
+        ),
+    }
+}
+
 fn block_name(text: &str) -> Result<BlockName, String> {
     BlockName::new(text).map_err(|error| error.to_string())
 }
@@ -105,7 +148,8 @@ fn passed_memory(
     options: &StreamOptions,
     stop: &Stop,
 ) -> Result<Vec<PassedBlock>, Box<dyn std::error::Error>> {
-    let listener = CprListener::bind(path, options)?;
+    let mut listener = CprListener::bind(path, options)?;
+    listener.on_stranger(|why| note!("ramwire receive: cpr: {why}"));
     note!("listening on unix:{} for memory (cpr)", path.display());
     let memory = listener.accept(stop)?.hang_up();
     let blocks = memory.into_iter().map(|(name, descriptor)| PassedBlock::of_file(name, descriptor));
@@ -188,7 +232,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     settings.max_ram = args.max_ram;
     settings.accept_missing_description = true;
     let session = DestinationSession::new(
-        DestinationGuest { memory: Box::new(guest.clone()), control: Box::new(guest.clone()) },
+        DestinationGuest { memory: Box::new(Told(guest.clone())), control: Box::new(guest.clone()) },
         connection,
         settings,
     )
@@ -209,6 +253,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     };
     signals.ask(session.canceller());
     let left = guest.clone();
+    signals.leaves(move |reply| left_behind(&left, reply));
+    let left = guest.clone();
     signals.before_leaving(move |exit| {
         if exit == Exit::Cancelled {
             left.discard();
@@ -224,7 +270,7 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
             let bytes = guest.release();
             tracing::info!(bytes, "room of pages that stayed zero was given back");
         }
-        Ending::Discarded => guest.discard(),
+        Ending::Discarded | Ending::Unanswered => guest.discard(),
         // It may be all that is left of the guest.
         Ending::Stranded | Ending::Incomplete => {}
     }
@@ -248,6 +294,16 @@ fn tell(
     }
     if let Some(check) = &report.memory_check {
         note!("ramwire receive: {check}");
+    }
+    match report.ending {
+        Ending::Unanswered => note!("ramwire receive: {UNANSWERED}"),
+        Ending::Stranded if guest.comes_unasked() => note!(
+            "ramwire receive: in doubt: the source has given its guest away with its last byte, without an answer, and the \
+             guest could not be stored whole: it runs nowhere. It is whole at its source until that ends: `cont` lets it go \
+             on there. Then delete {}",
+            args.dir.display()
+        ),
+        _ => {}
     }
     let arrived = report.ending == Ending::Running;
     if args.json {
@@ -318,7 +374,7 @@ fn exit_of(guest: &IncomingGuest, report: &DestinationReport) -> Exit {
         // Nothing proves that it is all of the guest.
         (Ending::Running, _) if state == State::Incomplete => Exit::NotVerified,
         (Ending::Running, _) => Exit::Done,
-        (Ending::Stranded | Ending::Incomplete, _) => Exit::InDoubt,
+        (Ending::Stranded | Ending::Incomplete | Ending::Unanswered, _) => Exit::InDoubt,
         (Ending::Discarded, Some(ErrorKind::Cancelled)) => Exit::Cancelled,
         (Ending::Discarded, _) => Exit::Failed,
     }

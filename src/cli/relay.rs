@@ -37,7 +37,7 @@ use super::remedies::{hint, in_words};
 use super::render;
 use super::service::{self, StatusLine};
 use super::signals::cancel_on_signal;
-use super::store::keep;
+use super::store::{keep, may_keep};
 use super::tls::warn_if_unencrypted;
 use super::watch::{Log, WatchArgs, describe};
 
@@ -116,12 +116,27 @@ const AT_ITS_SOURCE: &str = "the guest's source had switched to postcopy, and on
                              source. Nothing of it is kept here (--keep). Before you let it go on there, make sure that \
                              it does not run at the far end";
 
+/// What an operator does where the source waits for no answer, in doubt.
+const LOOK_THERE: &str = "Look at the far end: if the guest runs there, it has arrived, and its source may be ended. If it \
+                          does not and never will, it runs nowhere: it is whole at its source until that ends (`cont` lets \
+                          it go on there), or in the file that it came from";
+
+/// Where the guest may be that a source without a return path has sent, and what an operator does.
+const UNANSWERED: &str = "in doubt: the guest does not run at the far end. Its source has no return path, and gives it away \
+                          with its last byte without an answer. Look at the source (`query-migrate` of a QEMU): if it has \
+                          completed, the guest runs nowhere, and is whole there: `cont` lets it go on. If not, it runs on \
+                          there. With QEMU's capability `return-path` the source waits for an answer";
+
 pub(super) fn run(args: &Args) -> Exit {
     run_relay(args).unwrap_or_else(|error| failed_in("relay", args.json, &*error))
 }
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channels = args.channels.options()?;
+    if let Some(dir) = &args.keep {
+        // Once the guest was given away it is too late to find out.
+        may_keep(dir).map_err(|error| Usage(format!("--keep: {}", in_words(&error))))?;
+    }
     let cancel = CancelToken::default();
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let statistics = SharedStatistics::default();
@@ -173,7 +188,9 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     drop(listener);
     let guardian = Guardian::start().map_err(|error| NoGuardian { source: error })?;
     let (pid, doubted) = (guardian.pid(), control.clone());
-    signals.in_doubt(move || doubted.is_in_doubt().then(|| left_in_doubt(pid)));
+    signals.in_doubt(move || doubted.is_in_doubt().then(|| left_in_doubt(&doubted, pid)));
+    let decided = control.clone();
+    signals.leaves(move |reply| left_behind(&decided, pid, reply));
     decide_on_signal(control.clone());
     if args.listen.decides_late() {
         note!("ramwire relay: source: {}: {}", connection.chosen.transport, connection.chosen.why);
@@ -303,12 +320,35 @@ struct NoGuardian {
     source: std::io::Error,
 }
 
-/// The message if this process ends while the guest is in doubt.
-fn left_in_doubt(guardian: u32) -> String {
-    format!(
-        "ramwire relay: in doubt, and this process ends: process {guardian} keeps the source's connection open and \
-         waits for the far end's answer"
-    )
+/// The message if this process ends while the guest is in doubt. `guardian` is the process that holds the connection of
+/// a source that waits for the outcome.
+fn left_in_doubt(control: &RelayControl, guardian: u32) -> String {
+    let then = if control.has_switched() { AT_ITS_SOURCE } else { LOOK_THERE };
+    match control.source_waits() {
+        true => format!(
+            "ramwire relay: in doubt, and this process ends: process {guardian} keeps the source's connection open and \
+             waits for the far end's answer"
+        ),
+        false => format!(
+            "ramwire relay: in doubt, and this process ends, as does the wait for the far end's answer. {then}"
+        ),
+    }
+}
+
+/// What a second signal leaves behind.
+fn left_behind(control: &RelayControl, guardian: u32, reply: CancelReply) -> Option<String> {
+    match (control.ending(), reply) {
+        (RelayEnding::Unanswered, _) => Some(format!("ramwire relay: {UNANSWERED}")),
+        (_, CancelReply::Accepted) => None,
+        (RelayEnding::Incomplete, _) => Some(format!("ramwire relay: {GO_ON_WITHOUT}")),
+        _ if control.is_given_away() => Some(left_in_doubt(control, guardian)),
+        _ if control.has_switched() => Some(format!("ramwire relay: {AT_ITS_SOURCE}")),
+        _ => Some(
+            "ramwire relay: in doubt: the source may have given its guest to this relay, which ends: the far end was not \
+             given it. Look whether it runs at its source"
+                .into(),
+        ),
+    }
 }
 
 /// SIGUSR1 means that the guest does not run at the far end.
@@ -320,6 +360,9 @@ fn decide_on_signal(control: RelayControl) {
     let decide = move || {
         for _ in signals.forever() {
             match control.far_end_is_dead() {
+                true if !control.source_waits() => {
+                    note!("ramwire relay: the far end is waited for no longer");
+                }
                 true => note!(
                     "ramwire relay: the source gets the report that the migration failed, and continues"
                 ),
@@ -338,7 +381,13 @@ fn tell_notice(notice: &Notice) {
             "ramwire relay: the source opened no return path, so it can't be informed of the outcome: check \
             the far end before you end the source, or set its return-path capability"
         ),
-        Notice::InDoubt { why, switched } => note!(
+        Notice::InDoubt { why, switched: false, source_waits: false } => note!(
+            "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). This relay waits for its \
+             answer, and can't tell it to the source. {LOOK_THERE}. `kill -USR1 {}` ends the wait, and this relay keeps \
+             the guest if it has --keep DIR",
+            std::process::id()
+        ),
+        Notice::InDoubt { why, switched, .. } => note!(
             "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). The source waits, and \
              this relay for the far end's answer. {}",
             advice(*switched, std::process::id())
@@ -418,6 +467,10 @@ fn tell(
             note!("ramwire relay: {AT_ITS_SOURCE}")
         }
         RelayEnding::Failed | RelayEnding::InDoubt => keep_guest(args, report),
+        RelayEnding::Unanswered => {
+            note!("ramwire relay: {UNANSWERED}");
+            keep_guest(args, report);
+        }
     }
     exit
 }
@@ -427,7 +480,7 @@ fn exit_of(report: &RelayReport, called_off: bool) -> Exit {
         RelayEnding::Running => Exit::Done,
         // A ramwire that has handed over its guest never resumes it by itself.
         RelayEnding::Failed if report.received.ending == Ending::Stranded => Exit::InDoubt,
-        RelayEnding::InDoubt | RelayEnding::Incomplete => Exit::InDoubt,
+        RelayEnding::InDoubt | RelayEnding::Incomplete | RelayEnding::Unanswered => Exit::InDoubt,
         // Either end may notice first that the other has gone: the request decides, not the error.
         RelayEnding::Failed if called_off => Exit::Cancelled,
         RelayEnding::Failed => Exit::Failed,
@@ -442,10 +495,10 @@ fn keep_guest(args: &Args, report: &RelayReport) {
     let told = kept.incoming.has_return_path && report.received.ending != Ending::Stranded;
     let may_run = told || report.ending == RelayEnding::InDoubt;
     let Some(dir) = &args.keep else {
-        if !told {
-            note!(
-                "ramwire relay: the guest is lost here unless its source has kept it; --keep DIR would have kept it"
-            );
+        if report.ending == RelayEnding::InDoubt && !told {
+            note!("ramwire relay: {LOOK_THERE}. --keep DIR would have kept it here as well");
+        } else if report.ending == RelayEnding::Unanswered {
+            note!("ramwire relay: --keep DIR would have kept the guest here as well");
         }
         return;
     };

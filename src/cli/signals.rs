@@ -22,6 +22,10 @@ type Asks = Box<dyn Fn() -> CancelReply + Send + Sync>;
 /// Returns a message while a guest is in doubt whose connection another process holds: this process may then end.
 type SaysInDoubt = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
+/// What a second signal leaves in doubt, and what an operator does then; receives whether a cancel came too late. `None`:
+/// a cancel that was in time leaves nothing in doubt.
+type SaysWhatIsLeft = Box<dyn Fn(CancelReply) -> Option<String> + Send + Sync>;
+
 /// Gives the signal thread the state of the migration.
 #[derive(Clone, Default)]
 pub(super) struct SignalWatch(Arc<Watch>);
@@ -31,6 +35,7 @@ struct Watch {
     tokens: Vec<CancelToken>,
     canceller: OnceLock<Asks>,
     in_doubt: OnceLock<SaysInDoubt>,
+    left: OnceLock<SaysWhatIsLeft>,
     statistics: OnceLock<SharedStatistics>,
     tidy: Mutex<Option<Tidy>>,
     ended: OnceLock<Exit>,
@@ -43,6 +48,8 @@ enum Answer {
     TooLate,
     /// Another process continues with a guest in doubt.
     LeaveInDoubt(String),
+    /// The guest may be at either end, or in postcopy in parts at both.
+    LeaveUnsettled(String),
     Leave(Exit),
 }
 
@@ -62,6 +69,11 @@ impl SignalWatch {
     /// From here on a signal ends the process immediately while `says` returns a message.
     pub(super) fn in_doubt(&self, says: impl Fn() -> Option<String> + Send + Sync + 'static) {
         let _ = self.0.in_doubt.set(Box::new(says));
+    }
+
+    /// What a second signal says of the guest, unless it certainly stays at its source.
+    pub(super) fn leaves(&self, says: impl Fn(CancelReply) -> Option<String> + Send + Sync + 'static) {
+        let _ = self.0.left.set(Box::new(says));
     }
 
     /// From here on these figures show whether the guest was handed over.
@@ -97,7 +109,13 @@ impl Watch {
             Some(cancel) => cancel(),
             None if matches!(
                 self.status(),
-                Some(Status::HandingOver | Status::PostcopyActive | Status::InDoubt)
+                Some(
+                    Status::HandingOver
+                        | Status::PostcopyActive
+                        | Status::PostcopyPaused
+                        | Status::PostcopyRecover
+                        | Status::InDoubt
+                )
             ) =>
             {
                 CancelReply::TooLate
@@ -109,12 +127,15 @@ impl Watch {
         match (reply, count) {
             (CancelReply::Accepted, 0) => Answer::Cancelling,
             (CancelReply::TooLate, 0) => Answer::TooLate,
-            (CancelReply::Accepted, _) => Answer::Leave(Exit::Cancelled),
             // Only the disconnect is still in progress.
             (CancelReply::TooLate, _) if self.status() == Some(Status::Completed) => {
                 Answer::Leave(Exit::Done)
             }
-            (CancelReply::TooLate, _) => Answer::Leave(Exit::InDoubt),
+            (reply, _) => match (self.left.get().and_then(|says| says(reply)), reply) {
+                (Some(text), _) => Answer::LeaveUnsettled(text),
+                (None, CancelReply::Accepted) => Answer::Leave(Exit::Cancelled),
+                (None, CancelReply::TooLate) => Answer::LeaveUnsettled(NOT_REPORTED.into()),
+            },
         }
     }
 
@@ -125,6 +146,10 @@ impl Watch {
         }
     }
 }
+
+/// What a second signal says where nothing else is known.
+const NOT_REPORTED: &str =
+    "in doubt: the destination has not reported that the guest runs; check the destination";
 
 /// The first SIGINT, SIGTERM or SIGHUP cancels, a second one exits immediately: status 4, or 5 once the guest was
 /// handed over. SIGHUP stays ignored if it was, as under nohup(1).
@@ -149,17 +174,12 @@ pub(super) fn cancel_on_signal(tokens: Vec<CancelToken>) -> SignalWatch {
                 Answer::TooLate => {
                     note!("too late to cancel: the guest was given away; waiting until it runs");
                 }
-                Answer::LeaveInDoubt(text) => {
+                Answer::LeaveInDoubt(text) | Answer::LeaveUnsettled(text) => {
                     note!("{text}");
                     seen.tidy(Exit::InDoubt);
                     output::leave(Exit::InDoubt);
                 }
                 Answer::Leave(exit) => {
-                    if exit == Exit::InDoubt {
-                        note!(
-                            "in doubt: the destination has not reported that the guest runs; check the destination"
-                        );
-                    }
                     seen.tidy(exit);
                     output::leave(exit);
                 }
@@ -197,6 +217,15 @@ fn is_ignored(signal: i32) -> bool {
 mod tests {
     use super::*;
 
+    /// A cancel that was in time leaves the guest with a source that keeps it, and in doubt with one that may not have.
+    #[test]
+    fn a_second_signal_to_one_that_has_cancelled_says_what_the_command_knows() {
+        let watch = SignalWatch::default();
+        assert_eq!(watch.0.signalled(1), Answer::Leave(Exit::Cancelled));
+        watch.leaves(|reply| Some(format!("{reply:?}")));
+        assert_eq!(watch.0.signalled(1), Answer::LeaveUnsettled("Accepted".into()));
+    }
+
     #[test]
     fn the_status_of_a_second_signal_is_what_is_true() {
         let watch = SignalWatch::default();
@@ -206,7 +235,10 @@ mod tests {
         watch.follow(statistics.clone());
         statistics.update(|figures| figures.status = Status::HandingOver);
         assert_eq!(watch.0.signalled(0), Answer::TooLate);
-        assert_eq!(watch.0.signalled(1), Answer::Leave(Exit::InDoubt));
+        assert_eq!(watch.0.signalled(1), Answer::LeaveUnsettled(NOT_REPORTED.into()));
+        let late = |reply| (reply == CancelReply::TooLate).then(|| "pages are missing there".into());
+        watch.leaves(late);
+        assert_eq!(watch.0.signalled(1), Answer::LeaveUnsettled("pages are missing there".into()));
         watch.ended(Exit::NotVerified);
         assert_eq!(watch.0.signalled(0), Answer::Leave(Exit::NotVerified), "a report that is not read");
     }

@@ -11,6 +11,7 @@
 //! - `command`: the command's signals, options and folders.
 //! - `leaving`: `send` is ended by signals at each of its stages; its folder must be correct.
 //! - `output`: the output is closed, full or not read.
+//! - `unasked`: a QEMU that waits for no answer; options that are refused before anything is done.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../common/mod.rs"]
@@ -29,3 +30,4 @@ mod qemu;
 mod relay_doubt;
 mod running;
 mod terminal;
+mod unasked;

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use ramwire::engine::Outcome;
 use ramwire::guest::GuestMemory;
-use ramwire::observe::RunDescription;
+use ramwire::observe::{RunDescription, Status};
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlockTable};
 use ramwire::session::{
-    MemoryCheck, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify,
+    CancelReply, MemoryCheck, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, ChosenTransport, ConnectionOptions, open_source};
@@ -271,13 +271,19 @@ fn send(
     controlled: &Controlled,
 ) -> Result<Exit, Box<dyn std::error::Error>> {
     let memory = guest.memory();
-    let log = args.watch.create_log()?;
+    let settings = settings(args, &guest);
     let mut options = ConnectionOptions::default();
     options.stream = args.timeouts.both.stream_options();
     options.rdma = args.rdma.options();
     options.channels = args.channels.options()?;
     options.delta_cache = args.limits.delta_cache();
     options.retry = args.timeouts.retry;
+    // Before anything is opened: an output file keeps what it holds.
+    if args.cpr.is_some() {
+        cpr::check(uri, &settings, &options)?;
+    }
+    settings.check(uri.carries_answers()).map_err(|error| Usage(in_words(&error)))?;
+    let log = args.watch.create_log()?;
     args.timeouts.tell_retry("send", uri);
     let address = args.tls.at(uri)?;
     let remedy = match address.scheme() {
@@ -285,9 +291,7 @@ fn send(
         _ => "use a network you trust",
     };
     warn_if_unencrypted("send", &address, remedy);
-    let settings = settings(args, &guest);
     if let Some(path) = &args.cpr {
-        cpr::check(uri, &settings, &options)?;
         cpr::pass_memory(path, &guest, &options, &Stop::on(cancel))?;
     }
     let connection =
@@ -316,6 +320,10 @@ fn send(
     controlled.follow(session.control());
     signals.ask(session.canceller());
     signals.follow(session.statistics());
+    let (figures, place, passed) = (session.statistics(), args.place().to_owned(), args.cpr.is_some());
+    signals.leaves(move |reply| {
+        (reply == CancelReply::TooLate).then(|| left_behind(figures.snapshot().status, &place, passed))
+    });
     let left = custody.clone();
     signals.before_leaving(move |exit| settle(left.as_deref(), exit));
     let progress = Progress::follow(session.statistics());
@@ -331,6 +339,36 @@ fn send(
     let exit = if differs { Exit::NotVerified } else { exit };
     tell(args, &way, &report, exit);
     Ok(exit)
+}
+
+/// What a second signal leaves behind, after the guest was given away.
+fn left_behind(status: Status, place: &Path, passed: bool) -> String {
+    match status {
+        Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover => incomplete(place),
+        _ => format!("in doubt: {}", in_doubt(place, passed)),
+    }
+}
+
+/// Pages are missing at the destination.
+fn incomplete(place: &Path) -> String {
+    format!(
+        "the guest runs at the destination, but the connection was lost while memory was missing there: it waits where \
+         it touches that memory. Keep {0}: only it has that memory. If the guest is lost there, send {0} again with \
+         --destination-is-dead",
+        place.display()
+    )
+}
+
+/// Nobody has said that it runs. A guest whose memory was `passed` has no whole copy in the folder any more.
+fn in_doubt(place: &Path, passed: bool) -> String {
+    if passed {
+        return format!("the guest was given away, but no report came that it runs: {DOUBT_PASSED}");
+    }
+    format!(
+        "the guest was given away, but no report came that it runs. Look at the destination: if it runs, delete {}; if it \
+         does not, send again with --destination-is-dead",
+        place.display()
+    )
 }
 
 /// Puts into the folder how it ended. A folder that takes no more says less than is known, and never that the guest may
@@ -388,6 +426,12 @@ impl Args {
         planned
     }
 
+    /// What is sent, for messages.
+    fn place(&self) -> &Path {
+        let other = if self.from.is_some() { "the file" } else { "the RAM files" };
+        self.dir.as_deref().unwrap_or(Path::new(other))
+    }
+
     fn verify(&self) -> Verify {
         if self.digest { Verify::Full } else { self.verify.into() }
     }
@@ -406,23 +450,10 @@ fn tell(args: &Args, way: &ChosenTransport, report: &SourceReport, exit: Exit) {
         complain("send", error);
         print_remedies("send", Some(error), REMEDIES);
     }
-    let other = if args.from.is_some() { "the file" } else { "the RAM files" };
-    let dir = args.dir.as_deref().unwrap_or(Path::new(other));
-    if report.outcome == Outcome::Incomplete {
-        note!(
-            "the guest runs at the destination, but the connection was lost while memory was missing there: \
-            it waits where it touches that memory. If it is lost there, send {} again with --destination-is-dead",
-            dir.display()
-        );
-    }
-    if report.outcome == Outcome::InDoubt && args.cpr.is_some() {
-        note!("the guest was given away, but no report came that it runs: {DOUBT_PASSED}");
-    } else if report.outcome == Outcome::InDoubt {
-        note!(
-            "the guest was given away, but no report came that it runs. Look at the destination: if it runs, \
-             delete {}; if it does not, send again with --destination-is-dead",
-            dir.display()
-        );
+    match report.outcome {
+        Outcome::Incomplete => note!("{}", incomplete(args.place())),
+        Outcome::InDoubt => note!("{}", in_doubt(args.place(), args.cpr.is_some())),
+        _ => {}
     }
     if let Some(check) = &report.memory_check {
         note!("ramwire send: {check}");

@@ -34,6 +34,8 @@ struct Inner {
     native: bool,
     /// The source may resume the guest until it receives the report that the guest is here.
     source_waits: bool,
+    /// The source gives the guest away with its last byte, and waits for no answer.
+    unasked: bool,
     /// Blocks that the guest's next place maps as its last one does.
     shared: Vec<BlockName>,
 }
@@ -57,6 +59,7 @@ impl IncomingGuest {
             early: Vec::new(),
             native: false,
             source_waits: false,
+            unasked: false,
             shared: Vec::new(),
         };
         Ok(Self(Arc::new(Mutex::new(inner))))
@@ -79,6 +82,11 @@ impl IncomingGuest {
             inner.held = !is_tmpfs(&inner.store.path)?;
         }
         Ok(self)
+    }
+
+    /// The source waits for no answer: it may have given the guest away, whatever has come of it.
+    pub fn comes_unasked(&self) -> bool {
+        self.lock().unasked
     }
 
     /// It may run at another place, to the end: from [`resume`](GuestControl::resume) on the manifest states that.
@@ -136,6 +144,7 @@ impl IncomingGuest {
 
 impl MemoryProvider for IncomingGuest {
     fn provide(&mut self, incoming: &Incoming) -> Result<Arc<dyn GuestMemory>, Error> {
+        self.lock().unasked = incoming.gives_unasked;
         let made = self.lock().make(incoming);
         let memory = made.map_err(|error| Error::Config {
             remedy: Remedy::Advice(match &error {
@@ -339,6 +348,7 @@ mod tests {
                 vmm_configuration: Vec::new(),
                 early_sections: Vec::new(),
                 has_return_path,
+                gives_unasked: !has_return_path,
                 seen: Seen::default(),
             };
             guest.provide(&incoming).unwrap();

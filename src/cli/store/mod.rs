@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 pub use custody::Custody;
 pub use incoming::IncomingGuest;
-pub use stored::{Block, DOUBT_PASSED, Overrides, StoredGuest, keep};
+pub use stored::{Block, DOUBT_PASSED, Overrides, StoredGuest, keep, may_keep};
 
 /// Version of the folder's format that this program writes and reads.
 const FORMAT: u32 = 1;
@@ -196,6 +196,16 @@ pub enum StoreError {
         /// The name.
         name: String,
         /// Names of all blocks.
+        blocks: String,
+    },
+    /// A file that was given for a block has none to stand for.
+    #[error("--ram {name}: {why}; the folder has {blocks}")]
+    NotReplaced {
+        /// The name.
+        name: String,
+        /// Why not.
+        why: &'static str,
+        /// Names of the blocks whose pages are in the folder.
         blocks: String,
     },
     /// Guest memory is not written through links or to devices.

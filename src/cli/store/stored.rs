@@ -78,6 +78,7 @@ impl StoredGuest {
         }
         let store = Store::open(path)?;
         let manifest = store.manifest()?.ok_or_else(empty)?;
+        replaces(&manifest, replaced)?;
         allowed(path, &manifest, overrides)?;
         let early = read(&store.file(EARLY))?;
         let tail = read(&store.file(TAIL))?;
@@ -207,6 +208,14 @@ impl StoredGuest {
     }
 }
 
+/// Checks that a guest could be [kept](keep) at `path`: makes the folder, or finds it without a guest.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn may_keep(path: &Path) -> Result<(), StoreError> {
+    IncomingGuest::new(Store::open(path)?).map(drop)
+}
+
 /// Writes a guest that could not be passed on into a folder of its own. `may_run`: on another host, so that it is in
 /// doubt.
 ///
@@ -246,6 +255,23 @@ pub fn keep(
     }
     guest.resume().map_err(|error| failed(&error))?;
     guest.settle()
+}
+
+/// Each of the caller's files stands for one block of the folder.
+fn replaces(manifest: &Manifest, replaced: &[Block]) -> Result<(), StoreError> {
+    for (index, Block { name, .. }) in replaced.iter().enumerate() {
+        let entry = manifest.blocks.iter().find(|entry| entry.name == name.as_str());
+        let why = match entry {
+            None => "no RAM block has this name",
+            Some(entry) if entry.ignored => "both ends share this block, and it is not sent",
+            Some(_) if replaced[..index].iter().any(|other| other.name == *name) => "it is given twice",
+            Some(_) => continue,
+        };
+        let blocks: Vec<_> =
+            manifest.blocks.iter().filter(|entry| !entry.ignored).map(|entry| &*entry.name).collect();
+        return Err(StoreError::NotReplaced { name: name.to_string(), why, blocks: blocks.join(", ") });
+    }
+    Ok(())
 }
 
 /// If the last destination is dead, the guest's previous state counts, and needs its own override.

@@ -361,7 +361,7 @@ fn a_source_that_waits_for_no_answer_is_in_doubt_unless_it_has_left() {
     for steps in 1..=2 {
         let mut engine = unasked();
         engine.step(Input::Tail);
-        (1..steps).for_each(|_| drop(engine.step(Input::Done)));
+        (1..steps).for_each(|_| _ = engine.step(Input::Done));
         assert_eq!(engine.step(Input::Failed), Action::SendFailed);
         assert_eq!(engine.step(Input::Done), Action::Finish(Ending::Stranded), "{steps}");
     }
