@@ -296,8 +296,13 @@ impl DestinationSession {
         if let Some(event) = self.relayed_loss() {
             return event;
         }
+        let survives = self.switch.survives_disconnect(self.may_recover());
+        // The thread that loads the device state may have failed in the meantime.
+        if !survives && let Some(error) = self.error.take() {
+            self.error = Some(self.postcopy_failure(error));
+        }
         match () {
-            () if self.switch.survives_disconnect(self.may_recover()) => DestinationEvent::Lost,
+            () if survives => DestinationEvent::Lost,
             () if overdue => DestinationEvent::Woken,
             () if lost => DestinationEvent::Lost,
             () if left => DestinationEvent::SourceLeft,
