@@ -9,6 +9,7 @@ use crate::command::received;
 use crate::common::{
     Deadline,
     memory::{Pattern, fill},
+    project_root,
     ramwire::Ramwire,
     scratch,
 };
@@ -55,7 +56,7 @@ fn arriving(dir: &Path, ram: &Path, folder: &Path) -> (Ramwire, Ramwire) {
 #[test]
 fn a_ram_file_that_gets_shorter_while_its_guest_arrives_refuses_the_guest() {
     // On a disk, where pages are written through the mapping, and in memory, where they are written through the file.
-    let on_disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let on_disk = tempfile::tempdir_in(project_root().join("target")).unwrap();
     let in_memory = scratch();
     for dir in [on_disk.path(), in_memory.path()] {
         let (ram, folder) = (dir.join("ram"), dir.join("guest"));
@@ -167,7 +168,7 @@ fn a_guest_that_does_not_arrive_leaves_no_ram_behind() {
 
 #[test]
 fn a_mostly_empty_guest_takes_the_room_of_its_pages_alone() {
-    let on_disk = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let on_disk = tempfile::tempdir_in(project_root().join("target")).unwrap();
     let in_memory = scratch();
     for dir in [on_disk.path(), in_memory.path()] {
         let (ram, folder) = (dir.join("ram"), dir.join("guest"));
