@@ -13,13 +13,11 @@ mod plan;
 mod postcopy;
 mod sides;
 
-use std::collections::BTreeMap;
-
 use self::ends::{Far, Source};
 use self::plan::{FarKind, Fault, Plan};
 use self::sides::Relay;
+use super::findings::{Findings, finds_each, survey};
 use super::plan::Rng;
-use super::{number_from, spread};
 use crate::engine::RelayAction;
 use crate::session::Breakage;
 
@@ -47,8 +45,7 @@ struct World {
     /// The source has taken its guest back, cut off after the far end was given it: no relay prevents that.
     taken_back: bool,
     far: Far,
-    seen: Vec<&'static str>,
-    violations: Vec<String>,
+    findings: Findings,
 }
 
 impl World {
@@ -62,22 +59,17 @@ impl World {
             guarded: false,
             taken_back: false,
             far: Far::new(&plan),
-            seen: Vec::new(),
-            violations: Vec::new(),
+            findings: Findings::default(),
             plan,
         }
     }
 
     fn saw(&mut self, what: &'static str) {
-        if !self.seen.contains(&what) {
-            self.seen.push(what);
-        }
+        self.findings.saw(what);
     }
 
     fn must(&mut self, holds: bool, what: &str) {
-        if !holds && !self.violations.iter().any(|known| known == what) {
-            self.violations.push(what.to_owned());
-        }
+        self.findings.must(holds, what);
     }
 
     fn run(&mut self) {
@@ -264,58 +256,44 @@ impl World {
     }
 }
 
-fn run_seed(seed: u64, breakage: Breakage) -> Result<Vec<&'static str>, Vec<String>> {
+fn run_seed(seed: u64, breakage: Breakage) -> World {
     let mut world = World::new(Plan::of(seed), breakage);
     world.run();
-    if world.violations.is_empty() { Ok(world.seen) } else { Err(world.violations) }
+    world
 }
+
+/// What the seeds of a test run must reach.
+const ALL: [&str; 24] = [
+    "runs at the far end",
+    "runs at the source",
+    "relay killed",
+    "relay killed in doubt",
+    "answer told by the guard",
+    "cancelled",
+    "cancel too late",
+    "far end killed",
+    "source killed",
+    "operator ended the source",
+    "operator let the source go on",
+    "in doubt",
+    "late answer",
+    "source held back",
+    "switched to postcopy",
+    "asked for what the relay did not have",
+    "whole in postcopy",
+    "the ends were left to each other",
+    "connection lost in postcopy",
+    "taken told by the guard",
+    "source went before its guest was given away",
+    "source took its guest back from postcopy",
+    "given away unasked, and runs nowhere",
+    "source kept its guest unasked",
+];
 
 #[test]
 fn simulated_relays_give_the_guest_to_one_side() {
-    if let Some(seed) = number_from("RAMWIRE_SIM_SEED") {
-        println!("{:#?}\n{:?}", Plan::of(seed), run_seed(seed, Breakage::None));
-        return;
-    }
-    let seeds = number_from("RAMWIRE_SIM_SEEDS").unwrap_or(SEEDS);
-    let ran = spread(0..seeds, |seed| (seed, run_seed(seed, Breakage::None)));
-    let mut reached = BTreeMap::new();
-    let mut failed = Vec::new();
-    for (seed, outcome) in ran {
-        match outcome {
-            Ok(seen) => seen.into_iter().for_each(|what| *reached.entry(what).or_insert(0) += 1),
-            Err(broken) => failed.push((seed, broken)),
-        }
-    }
-    println!("of {seeds} seeds: {reached:#?}");
-    assert!(failed.is_empty(), "{} failed, such as {:?}", failed.len(), &failed[..failed.len().min(5)]);
-    for what in [
-        "runs at the far end",
-        "runs at the source",
-        "relay killed",
-        "relay killed in doubt",
-        "answer told by the guard",
-        "cancelled",
-        "cancel too late",
-        "far end killed",
-        "source killed",
-        "operator ended the source",
-        "operator let the source go on",
-        "in doubt",
-        "late answer",
-        "source held back",
-        "switched to postcopy",
-        "asked for what the relay did not have",
-        "whole in postcopy",
-        "the ends were left to each other",
-        "connection lost in postcopy",
-        "taken told by the guard",
-        "source went before its guest was given away",
-        "source took its guest back from postcopy",
-        "given away unasked, and runs nowhere",
-        "source kept its guest unasked",
-    ] {
-        assert!(seeds < SEEDS || reached.contains_key(what), "never reached: {what}");
-    }
+    let describe = |world: &World| format!("{:#?}", world.plan);
+    survey(SEEDS, |seed| run_seed(seed, Breakage::None), |world| world.findings, describe, &ALL);
 }
 
 /// Symptoms of a switched-off order: one of these.
@@ -341,11 +319,6 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
 
 #[test]
 fn each_order_of_a_relay_switched_off_is_found() {
-    for order in Breakage::OF_RELAYS {
-        let seen = |broken: &String| symptoms(order).iter().any(|symptom| broken.contains(symptom));
-        let find = |seed| run_seed(seed, order).err()?.into_iter().find(seen).map(|why| (seed, why));
-        let found = (0..MUTANT_SEEDS).find_map(find);
-        println!("{order:?}: {found:?}");
-        assert!(found.is_some(), "no seed below {MUTANT_SEEDS} finds {order:?}");
-    }
+    let orders = Breakage::OF_RELAYS.map(|order| (order, symptoms(order)));
+    finds_each(MUTANT_SEEDS, orders, |seed, order| run_seed(seed, order).findings.violations());
 }
