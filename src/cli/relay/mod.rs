@@ -1,43 +1,40 @@
 //! `ramwire relay`.
 
+mod doubt;
+mod report;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use ramwire::engine::{Ending, OnTimeout, RelayEnding};
+use ramwire::engine::OnTimeout;
 use ramwire::error::Remedy;
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{RunDescription, SharedStatistics};
-use ramwire::session::{
-    CancelReply, DestinationSettings, Error, Notice, Relay, RelayControl, RelayReport, SourceSettings,
-};
+use ramwire::session::{CancelReply, DestinationSettings, Error, Relay, RelayControl, SourceSettings};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::stream::qemu::page_compression::PageCompression;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{
-    Address, AllowList, ChannelOptions, ChosenTransport, ConnectionOptions, Listener, RdmaOptions,
-    open_source,
+    Address, AllowList, ChannelOptions, ConnectionOptions, Listener, RdmaOptions, open_source,
 };
-use serde_json::json;
-use signal_hook::consts::SIGUSR1;
-use signal_hook::iterator::Signals;
 
+use self::doubt::{decide_on_signal, left_behind, left_in_doubt, tell_notice};
+use self::report::tell;
 use super::args::Exit;
 use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, Usage, bytes, complain, failed_in, seconds,
-    uri_help,
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, Usage, bytes, failed_in, seconds, uri_help,
 };
-use super::converge::{print_remedies, warn_if_not_converging};
-use super::guardian::{Guardian, advice};
+use super::converge::warn_if_not_converging;
+use super::guardian::Guardian;
 use super::limits::LimitArgs;
-use super::output::{note, result_line, result_text};
+use super::output::note;
 use super::qmp::{Monitor, Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
-use super::render;
 use super::service::{self, StatusLine};
 use super::signals::cancel_on_signal;
-use super::store::{keep, may_keep};
+use super::store::may_keep;
 use super::tls::warn_if_unencrypted;
 use super::watch::{Log, WatchArgs, describe};
 
@@ -105,27 +102,6 @@ const DOWNTIME: &str = "The far end's part of the downtime, in milliseconds; it 
 /// What helps if the guest's source does not reach its switchover.
 const REMEDIES: &str = "its source decides when to switch over: raise its downtime limit or bandwidth there, have it slow \
                         the guest down (auto-converge), or give the relay more time (--timeout)";
-
-/// What an operator does when a connection was lost in postcopy.
-const GO_ON_WITHOUT: &str = "the guest was given to the far end, and what it misses there is at its source: keep both. \
-                             They go on without this relay: `migrate-recover` at the far end, then at the source \
-                             `migrate` to that address with `resume`";
-
-/// What an operator does when a switch to postcopy has failed, or is in doubt at the end.
-const AT_ITS_SOURCE: &str = "the guest's source had switched to postcopy, and only there is the guest whole: keep the \
-                             source. Nothing of it is kept here (--keep). Before you let it go on there, make sure that \
-                             it does not run at the far end";
-
-/// What an operator does where the source waits for no answer, in doubt.
-const LOOK_THERE: &str = "Look at the far end: if the guest runs there, it has arrived, and its source may be ended. If it \
-                          does not and never will, it runs nowhere: it is whole at its source until that ends (`cont` lets \
-                          it go on there), or in the file that it came from";
-
-/// Where the guest may be that a source without a return path has sent, and what an operator does.
-const UNANSWERED: &str = "in doubt: the guest does not run at the far end. Its source has no return path, and gives it away \
-                          with its last byte without an answer. Look at the source (`query-migrate` of a QEMU): if it has \
-                          completed, the guest runs nowhere, and is whole there: `cont` lets it go on. If not, it runs on \
-                          there. With QEMU's capability `return-path` the source waits for an answer";
 
 pub(super) fn run(args: &Args) -> Exit {
     run_relay(args).unwrap_or_else(|error| failed_in("relay", args.json, &*error))
@@ -318,206 +294,4 @@ impl Args {
 )]
 struct NoGuardian {
     source: std::io::Error,
-}
-
-/// The message if this process ends while the guest is in doubt. `guardian` is the process that holds the connection of
-/// a source that waits for the outcome.
-fn left_in_doubt(control: &RelayControl, guardian: u32) -> String {
-    let then = if control.has_switched() { AT_ITS_SOURCE } else { LOOK_THERE };
-    match control.source_waits() {
-        true => format!(
-            "ramwire relay: in doubt, and this process ends: process {guardian} keeps the source's connection open and \
-             waits for the far end's answer"
-        ),
-        false => format!(
-            "ramwire relay: in doubt, and this process ends, as does the wait for the far end's answer. {then}"
-        ),
-    }
-}
-
-/// What a second signal leaves behind.
-fn left_behind(control: &RelayControl, guardian: u32, reply: CancelReply) -> Option<String> {
-    match (control.ending(), reply) {
-        (RelayEnding::Unanswered, _) => Some(format!("ramwire relay: {UNANSWERED}")),
-        (_, CancelReply::Accepted) => None,
-        (RelayEnding::Incomplete, _) => Some(format!("ramwire relay: {GO_ON_WITHOUT}")),
-        _ if control.is_given_away() => Some(left_in_doubt(control, guardian)),
-        _ if control.has_switched() => Some(format!("ramwire relay: {AT_ITS_SOURCE}")),
-        _ => Some(
-            "ramwire relay: in doubt: the source may have given its guest to this relay, which ends: the far end was not \
-             given it. Look whether it runs at its source"
-                .into(),
-        ),
-    }
-}
-
-/// SIGUSR1 means that the guest does not run at the far end.
-fn decide_on_signal(control: RelayControl) {
-    let Ok(mut signals) = Signals::new([SIGUSR1]) else {
-        tracing::warn!("no signal handler for SIGUSR1: a guest in doubt is decided by ending its source");
-        return;
-    };
-    let decide = move || {
-        for _ in signals.forever() {
-            match control.far_end_is_dead() {
-                true if !control.source_waits() => {
-                    note!("ramwire relay: the far end is waited for no longer");
-                }
-                true => note!(
-                    "ramwire relay: the source gets the report that the migration failed, and continues"
-                ),
-                false => note!("ramwire relay: SIGUSR1 has no effect: no guest is in doubt"),
-            }
-        }
-    };
-    if let Err(error) = std::thread::Builder::new().name("ramwire-decides".into()).spawn(decide) {
-        tracing::warn!(%error, "no thread for SIGUSR1");
-    }
-}
-
-fn tell_notice(notice: &Notice) {
-    match notice {
-        Notice::NoReturnPath => note!(
-            "ramwire relay: the source opened no return path, so it can't be informed of the outcome: check \
-            the far end before you end the source, or set its return-path capability"
-        ),
-        Notice::InDoubt { why, switched: false, source_waits: false } => note!(
-            "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). This relay waits for its \
-             answer, and can't tell it to the source. {LOOK_THERE}. `kill -USR1 {}` ends the wait, and this relay keeps \
-             the guest if it has --keep DIR",
-            std::process::id()
-        ),
-        Notice::InDoubt { why, switched, .. } => note!(
-            "ramwire relay: in doubt: the far end was given the guest and fell silent ({why}). The source waits, and \
-             this relay for the far end's answer. {}",
-            advice(*switched, std::process::id())
-        ),
-        Notice::NotGuarded => note!(
-            "ramwire relay: the source's connection is none that another process can hold: should this one be killed \
-             before the far end has answered, the source may let the guest run again"
-        ),
-    }
-}
-
-fn tell(
-    args: &Args,
-    near: &ChosenTransport,
-    far: Option<&ChosenTransport>,
-    report: &RelayReport,
-    called_off: bool,
-) -> Exit {
-    let errors = [report.received.error.as_ref(), report.sent.as_ref().and_then(|sent| sent.error.as_ref())];
-    for error in errors.into_iter().flatten() {
-        complain("relay", error);
-        print_remedies("relay", Some(error), REMEDIES);
-    }
-    let exit = exit_of(report, called_off);
-    if args.json {
-        let way = |way: &ChosenTransport| json!({ "transport": way.transport, "why": way.why });
-        let connect = far.map(way);
-        let far = report.sent.as_ref().map(|sent| {
-            let mut out = sent.statistics.query_migrate();
-            out["rounds"] = json!(sent.statistics.rounds);
-            out["downtime-parts"] = json!(sent.statistics.downtime_parts);
-            out["zero-copy"] = json!(sent.statistics.zero_copy);
-            out["splice"] = json!(sent.statistics.splice);
-            out
-        });
-        let scan = report.received.scan.map(|scan| {
-            json!({
-                "scans": scan.scans,
-                "pages": scan.pages,
-                "found": scan.found,
-                "took_ms": scan.took.as_secs_f64() * 1e3,
-                "last_ms": scan.last.as_secs_f64() * 1e3,
-                "memory_bytes": scan.memory,
-            })
-        });
-        let error = errors.into_iter().flatten().next().map(|error| in_words(error));
-        let out = json!({
-            "outcome": exit.word(),
-            "error": error,
-            "completed": report.received.ending == Ending::Running,
-            "received_pages": report.received.pages,
-            "received_bytes": report.received.bytes,
-            "first_page_sent_ms": report.first_page_sent.map(|time| time.as_secs_f64() * 1e3),
-            "ram_complete_ms": report.ram_complete.map(|time| time.as_secs_f64() * 1e3),
-            "listen": way(near),
-            "connect": connect,
-            "scan": scan,
-            "far": far,
-        });
-        result_line!("{out}");
-    } else if let (Ending::Running, Some(sent)) = (report.received.ending, &report.sent) {
-        result_text!("{}", render::statistics(&sent.statistics));
-        if let Some(scan) = &report.received.scan {
-            result_line!(
-                "{} scans for what came by RDMA: {:.0} ms in all, {} of {} scanned pages had changed",
-                scan.scans,
-                scan.took.as_secs_f64() * 1e3,
-                scan.found,
-                scan.pages
-            );
-        }
-    }
-    match report.ending {
-        RelayEnding::Running => {}
-        RelayEnding::Incomplete => note!("ramwire relay: {GO_ON_WITHOUT}"),
-        RelayEnding::Failed | RelayEnding::InDoubt if report.switched => {
-            note!("ramwire relay: {AT_ITS_SOURCE}")
-        }
-        RelayEnding::Failed | RelayEnding::InDoubt => keep_guest(args, report),
-        RelayEnding::Unanswered => {
-            note!("ramwire relay: {UNANSWERED}");
-            keep_guest(args, report);
-        }
-    }
-    exit
-}
-
-fn exit_of(report: &RelayReport, called_off: bool) -> Exit {
-    match report.ending {
-        RelayEnding::Running => Exit::Done,
-        // A ramwire that has handed over its guest never resumes it by itself.
-        RelayEnding::Failed if report.received.ending == Ending::Stranded => Exit::InDoubt,
-        RelayEnding::InDoubt | RelayEnding::Incomplete | RelayEnding::Unanswered => Exit::InDoubt,
-        // Either end may notice first that the other has gone: the request decides, not the error.
-        RelayEnding::Failed if called_off => Exit::Cancelled,
-        RelayEnding::Failed => Exit::Failed,
-    }
-}
-
-/// Saves a guest whose device state has arrived and whose source may have released it.
-fn keep_guest(args: &Args, report: &RelayReport) {
-    let Some(kept) = &report.kept else { return };
-    let Some(state) = &kept.state else { return };
-    // A source that received the failure resumes the guest.
-    let told = kept.incoming.has_return_path && report.received.ending != Ending::Stranded;
-    let may_run = told || report.ending == RelayEnding::InDoubt;
-    let Some(dir) = &args.keep else {
-        if report.ending == RelayEnding::InDoubt && !told {
-            note!("ramwire relay: {LOOK_THERE}. --keep DIR would have kept it here as well");
-        } else if report.ending == RelayEnding::Unanswered {
-            note!("ramwire relay: --keep DIR would have kept the guest here as well");
-        }
-        return;
-    };
-    match keep(dir, &kept.incoming, &*kept.memory, state, may_run) {
-        Ok(()) if report.ending == RelayEnding::InDoubt => note!(
-            "ramwire relay: the guest is in {0}, in doubt: look at the far end and at the source; if it runs at neither, \
-             `ramwire send URI --dir {0} --destination-is-dead` sends it on",
-            dir.display()
-        ),
-        Ok(()) if may_run => note!(
-            "ramwire relay: the guest is in {0}, in doubt, since its source lets it run again; if it does not run there, \
-             `ramwire send URI --dir {0} --destination-is-dead` sends it on",
-            dir.display()
-        ),
-        Ok(()) => note!(
-            "ramwire relay: the guest is in {0}; if it does not run at its source, `ramwire send URI --dir {0}` \
-             sends it on",
-            dir.display()
-        ),
-        Err(error) => complain("relay", &error),
-    }
 }
