@@ -29,7 +29,8 @@ const EXIT_STATUS: &str = "EXIT STATUS:
     5  in doubt: the guest was given away, or may have been, and no report came that it runs
     6  arrived, and not verified: pages differ from those that were sent
 
-The status does not depend on the output: it is the same if the result can't be printed.
+The status does not depend on the output: it is the same if the result can't be printed. `generate`, which does
+nothing but print, has failed then.
 
 The first SIGINT, SIGTERM or SIGHUP cancels, a second one exits without waiting. Under nohup SIGHUP is ignored.";
 
@@ -197,8 +198,6 @@ pub fn run() -> ExitCode {
 fn generate(what: What) -> Exit {
     match generated(what).and_then(|text| output::product(&text)) {
         Ok(()) => Exit::Done,
-        // Its reader has what it wanted.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Exit::Done,
         Err(error) => {
             note!("ramwire generate: standard output: {error}");
             Exit::Failed
