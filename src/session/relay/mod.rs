@@ -31,6 +31,7 @@ mod postcopy;
 mod postcopy_tests;
 #[cfg(test)]
 mod session_tests;
+mod source_side;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -58,9 +59,10 @@ pub(super) use content_scan::ContentScan;
 pub use content_scan::ScanReport;
 pub(super) use owed::Came;
 
-use ends::{Middle, NotTaken, RelaySink, SourceSide};
+use ends::Middle;
 pub use guard::{Guard, Held};
 use hub::{Hub, Parts};
+use source_side::{NotTaken, RelaySink, SourceSide};
 
 /// Opens the connection to the far end once the guest's memory exists.
 pub type ConnectFn = dyn FnOnce(Arc<dyn GuestMemory>) -> Result<SourceConnection, Error> + Send;
