@@ -147,20 +147,20 @@ fn a_file_is_not_emptied_by_options_that_need_answers() {
     let dir = scratch();
     let (_, folder) = received(dir.path());
     let file = dir.path().join("v.save");
-    for (scheme, options) in [
-        ("mapped", &["--verify", "full"][..]),
-        ("mapped", &["--verify", "fast"]),
-        ("mapped", &["--postcopy"]),
-        ("file", &["--verify", "full"]),
-        ("file", &["--verify", "fast"]),
-        ("file", &["--postcopy"]),
-        ("file", &["--cpr", "unix:nowhere"]),
+    for (scheme, options, why) in [
+        ("mapped", &["--verify", "full"][..], "answers"),
+        ("mapped", &["--verify", "fast"], "answers"),
+        ("mapped", &["--postcopy"], "answers"),
+        ("file", &["--verify", "full"], "answers"),
+        ("file", &["--verify", "fast"], "answers"),
+        ("file", &["--postcopy"], "answers"),
+        ("file", &["--cpr", "unix:nowhere"], "its memory would not be there"),
     ] {
         std::fs::write(&file, "another guest").unwrap();
         let uri = format!("{scheme}:{}", file.display());
         let send = [&["send", &uri], options, &["--dir"]].concat();
         let said = Ramwire::start(dir.path(), &send, &folder).failed(Deadline::seconds(60), 2);
-        assert!(said.contains("answers"), "{send:?}: {said}");
+        assert!(said.contains(why), "{send:?}: {said}");
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "another guest", "{send:?}");
     }
 }
