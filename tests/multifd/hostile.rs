@@ -68,6 +68,13 @@ fn play(method: &str, connections: Vec<Played>) -> (i32, String, Duration) {
     (status, said, began.elapsed())
 }
 
+/// The captured source has no return path. So behind its block list its last byte may have been under way when it was
+/// refused, and the guest is in doubt.
+fn refused(status: i32, said: &str) {
+    let expected = if said.contains("in doubt: the source has no return path") { 5 } else { 3 };
+    assert_eq!(status, expected, "{said}");
+}
+
 fn manifest(dir: &Path) -> String {
     std::fs::read_to_string(dir.join("guest/manifest.json")).unwrap_or_default()
 }
@@ -144,7 +151,7 @@ fn s38_s40_s43_s48_s50_hostile_channels_are_refused_with_the_reason() {
         let cut = spoilt.channels[0].len() < capture.channels[0].len() && !what.starts_with("pages before");
         connections[1].stays = !cut;
         let (status, said, took) = play("none", connections);
-        assert_eq!(status, 3, "{what}: {said}");
+        refused(status, &format!("{what}: {said}"));
         assert!(said.contains(reason), "{what}: {said}");
         assert!(took < IN_TIME, "{what}: {took:?}");
     }
@@ -168,7 +175,7 @@ fn s44_s50_a_channel_that_does_not_come_on_ends_the_wait() {
         ("never comes", missing, "2 of 3 connections"),
     ] {
         let (status, said, took) = play("none", connections);
-        assert_eq!(status, 3, "{what}: {said}");
+        refused(status, &format!("{what}: {said}"));
         assert!(said.contains(reason), "{what}: {said}");
         assert!(took < IN_TIME, "{what}: {took:?}");
     }
@@ -202,7 +209,7 @@ fn s47_s48_hostile_payloads_are_refused() {
             channel.extend(payload);
             let method = compression.to_string();
             let (status, said, _) = play(&method, connections(&spoilt));
-            assert_eq!(status, 3, "{method} {what}: {said}");
+            refused(status, &format!("{method} {what}: {said}"));
             assert!(said.contains(reason), "{method} {what}: {said}");
         }
     }
