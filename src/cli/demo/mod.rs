@@ -1,6 +1,7 @@
 //! `ramwire demo`: a whole live migration on one machine, checked page by page.
 
 mod blocks;
+mod checks;
 mod cuts;
 mod destination;
 mod guest;
@@ -26,17 +27,18 @@ use ramwire::observe::{RunDescription, SharedStatistics};
 use ramwire::ram::RamBlockTable;
 use ramwire::session::{Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify};
 use ramwire::stream::qemu::file::Configuration;
-use ramwire::sys::{CancelToken, MappingError, Stop, memory_room};
-use ramwire::units::{PageSize, Percent};
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::units::Percent;
 
 use self::blocks::BlockSpec;
+use self::checks::{check_room, of_both_ends, refuse_cuts, refuse_postcopy};
 pub(super) use self::destination::Args as DestinationArgs;
 pub(super) use self::destination::run as run_destination;
 use self::guest::GuestKind;
 use self::way::{Transport, Way};
 use super::args::Exit;
 use super::common::{
-    RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed_in, human_bytes, is_same_file, local_options,
+    RdmaArgs, SourceChannelArgs, Usage, bytes, complain, failed_in, is_same_file, local_options,
 };
 use super::converge::{ConvergeArgs, REMEDIES, print_remedies, warn_if_not_converging};
 use super::limits::LimitArgs;
@@ -286,74 +288,6 @@ fn settings(args: &Args) -> Result<SourceSettings, Usage> {
         settings.throttling = Some(default_throttling());
     }
     Ok(settings)
-}
-
-/// Refuses a switch to postcopy where it is not possible.
-fn refuse_postcopy(args: &Args) -> Result<(), Usage> {
-    let why = match () {
-        () if args.transport == Transport::Rdma => {
-            "a guest that may switch to postcopy goes by a byte stream: give --transport tcp or unix"
-        }
-        () if args.channels.count() > 0 && args.cut > 0 => {
-            "connections that are cut have no page channels: leave --channels out, or --cut"
-        }
-        () if args.guest != GuestKind::Synthetic => {
-            "only the synthetic guest checks its memory while it arrives: leave --guest out, or leave --postcopy out"
-        }
-        () => return Ok(()),
-    };
-    Err(Usage(why.into()))
-}
-
-/// Refuses cuts of a connection that is not taken up again.
-fn refuse_cuts(args: &Args) -> Result<(), Usage> {
-    let why = match () {
-        () if args.transport == Transport::Rdma => {
-            "a connection by RDMA that is cut ends the migration: give --transport tcp or unix"
-        }
-        () if args.channels.count() > 0 => {
-            "a migration with page channels ends when its connection is cut: leave --channels out"
-        }
-        () => return Ok(()),
-    };
-    Err(Usage(why.into()))
-}
-
-/// The other process needs as many huge pages.
-fn of_both_ends(args: &Args, error: Failure) -> Failure {
-    let twice = error.is::<MappingError>() && args.hugepages > PageSize::SIZE_4K.bytes() && !args.same_host;
-    if twice {
-        format!("{error}; each of the two ends needs as many: reserve twice that").into()
-    } else {
-        error
-    }
-}
-
-/// Both processes have the guest's pages, and of zero pages none unless they are touched ahead.
-fn check_room(args: &Args, blocks: &[BlockSpec]) -> Result<(), Failure> {
-    let total: u64 = blocks.iter().filter(|block| !block.is_reserved()).map(BlockSpec::length).sum();
-    let filled = total / 100 * u64::from(100 - args.zero.get());
-    if args.same_host {
-        // One copy, which this process makes.
-        return room_for(filled, "the guest needs");
-    }
-    let need = filled + if args.populate || args.huge_pages { total } else { filled };
-    room_for(need, "two copies of the guest need")
-}
-
-fn room_for(need: u64, who: &str) -> Result<(), Failure> {
-    let Some(room) = memory_room() else { return Ok(()) };
-    let told = format!(
-        "{who} {} of memory, and {} are free {}",
-        human_bytes(need),
-        human_bytes(room.bytes),
-        room.bound
-    );
-    if room.bytes < need {
-        return Err(format!("{told}; give a smaller --ram").into());
-    }
-    note!("ramwire demo: {told}");
-    Ok(())
 }
 
 impl Args {

@@ -20,7 +20,7 @@ const RUN: Duration = Duration::from_millis(200);
 
 pub(super) fn run(args: &Args, path: &Path) -> Result<Exit, Failure> {
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(super::Usage)?;
-    super::check_room(args, &blocks)?;
+    super::checks::check_room(args, &blocks)?;
     let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
     let guest = args.guest.empty(Arc::clone(&memory), args.lazy)?;
     let address: Address = format!("mapped:{}", path.display()).parse()?;

@@ -36,7 +36,7 @@ struct Taken<'a> {
 
 pub(super) fn run(args: &Args, path: &Path) -> Result<Exit, Failure> {
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(super::Usage)?;
-    super::check_room(args, &blocks)?;
+    super::checks::check_room(args, &blocks)?;
     let memory = Arc::new(BlockSpec::memory(&blocks, args.huge_pages)?);
     let (guest, _) = args.guest.filled(args, Arc::clone(&memory))?;
     let cancel = CancelToken::default();

@@ -2,43 +2,42 @@
 
 mod controlled;
 mod cpr;
+mod ending;
 
 use std::path::{Path, PathBuf};
 
-use ramwire::engine::Outcome;
 use ramwire::guest::GuestMemory;
-use ramwire::observe::{RunDescription, Status};
+use ramwire::observe::RunDescription;
 use ramwire::page::ZeroDetection;
 use ramwire::ram::{BlockName, RamBlockTable};
 use ramwire::session::{
-    CancelReply, MemoryCheck, Peer, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings, Verify,
+    CancelReply, MemoryCheck, Peer, Redial, SourceGuest, SourceSession, SourceSettings, Verify,
 };
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{Address, ChosenTransport, ConnectionOptions, open_source};
 use ramwire::units::Rate;
-use serde_json::json;
 
 use clap::ValueEnum as _;
 
 use super::args::Exit;
 use super::common::{
-    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, Usage, complain, ended_early, exit_of,
-    failed_in, unix_path, uri_help,
+    PeerOption, RdmaArgs, SourceChannelArgs, SourceTimeouts, Usage, ended_early, exit_of, failed_in,
+    unix_path, uri_help,
 };
-use super::converge::{TimeoutArgs, print_remedies, warn_if_not_converging};
+use super::converge::{TimeoutArgs, warn_if_not_converging};
 use super::limits::LimitArgs;
-use super::output::{note, result_line, result_text};
+use super::output::note;
 use super::postcopy::{PostcopyArgs, ReconnectArgs, warn_if_not_replaceable};
 use super::progress::Progress;
 use super::qmp::{Plan, QmpArgs};
 use super::remedies::in_words;
-use super::render;
 use super::signals::{SignalWatch, cancel_on_signal};
-use super::store::{Block, Custody, DOUBT_PASSED, Overrides, State, StoredGuest};
+use super::store::{Block, Overrides, StoredGuest};
 use super::tls::{SourceTlsArgs, warn_if_unencrypted};
-use super::verify::{VerifyBy, in_json, word_of};
+use super::verify::{VerifyBy, word_of};
 use super::watch::{WatchArgs, describe};
 use controlled::Controlled;
+use ending::{left_behind, settle, tell};
 
 /// Sends a stored guest. The folder's manifest says `sent` once the other end runs it, and `in-doubt` if that is not known.
 #[derive(Clone, Debug, clap::Args)]
@@ -341,50 +340,6 @@ fn send(
     Ok(exit)
 }
 
-/// What a second signal leaves behind, after the guest was given away.
-fn left_behind(status: Status, place: &Path, passed: bool) -> String {
-    match status {
-        Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover => incomplete(place),
-        _ => format!("in doubt: {}", in_doubt(place, passed)),
-    }
-}
-
-/// Pages are missing at the destination.
-fn incomplete(place: &Path) -> String {
-    format!(
-        "the guest runs at the destination, but the connection was lost while memory was missing there: it waits where \
-         it touches that memory. Keep {0}: only it has that memory. If the guest is lost there, send {0} again with \
-         --destination-is-dead",
-        place.display()
-    )
-}
-
-/// Nobody has said that it runs. A guest whose memory was `passed` has no whole copy in the folder any more.
-fn in_doubt(place: &Path, passed: bool) -> String {
-    if passed {
-        return format!("the guest was given away, but no report came that it runs: {DOUBT_PASSED}");
-    }
-    format!(
-        "the guest was given away, but no report came that it runs. Look at the destination: if it runs, delete {}; if it \
-         does not, send again with --destination-is-dead",
-        place.display()
-    )
-}
-
-/// Puts into the folder how it ended. A folder that takes no more says less than is known, and never that the guest may
-/// be sent.
-fn settle(custody: Option<&Custody>, exit: Exit) {
-    let Some(custody) = custody else { return };
-    let settled = match exit {
-        Exit::Done => custody.mark(State::Sent),
-        Exit::InDoubt => custody.mark(State::InDoubt),
-        _ => custody.keep(),
-    };
-    if let Err(error) = settled {
-        complain("send", &error);
-    }
-}
-
 impl Args {
     /// Refuses options that don't go together. Where a client of the monitor gives the destination, it may also set
     /// what an option needs.
@@ -442,39 +397,5 @@ impl Args {
             .with("postcopy", self.postcopy.postcopy)
             .with("verify", word_of(self.verify()))
             .with("cpr", self.cpr.is_some())
-    }
-}
-
-fn tell(args: &Args, way: &ChosenTransport, report: &SourceReport, exit: Exit) {
-    if let Some(error) = &report.error {
-        complain("send", error);
-        print_remedies("send", Some(error), REMEDIES);
-    }
-    match report.outcome {
-        Outcome::Incomplete => note!("{}", incomplete(args.place())),
-        Outcome::InDoubt => note!("{}", in_doubt(args.place(), args.cpr.is_some())),
-        _ => {}
-    }
-    if let Some(check) = &report.memory_check {
-        note!("ramwire send: {check}");
-    }
-    if args.json {
-        let mut out = report.statistics.query_migrate();
-        out["outcome"] = json!(exit.word());
-        out["error"] = json!(report.error.as_ref().map(|error| in_words(error)));
-        out["transport"] = json!(way.transport);
-        out["why"] = json!(way.why);
-        out["rounds"] = json!(report.statistics.rounds);
-        out["downtime-parts"] = json!(report.statistics.downtime_parts);
-        out["zero-copy"] = json!(report.statistics.zero_copy);
-        out["splice"] = json!(report.statistics.splice);
-        out["urgent-pages"] = json!(report.urgent_pages);
-        out["passed"] = json!(report.statistics.passed);
-        out["released-pages"] = json!(report.released_pages);
-        out["lost-connections"] = json!(report.statistics.lost);
-        out["memory-check"] = in_json(report.memory_check.as_ref());
-        result_line!("{out}");
-    } else if report.outcome == Outcome::Completed {
-        result_text!("{}", render::statistics(&report.statistics));
     }
 }
