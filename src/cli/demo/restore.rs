@@ -14,6 +14,7 @@ use super::guest::GuestKind;
 use super::{Args, Failure};
 use crate::cli::args::Exit;
 use crate::cli::output::result_text;
+use crate::cli::remedies::in_words;
 
 /// How long the guest runs before it checks itself.
 const RUN: Duration = Duration::from_millis(200);
@@ -34,7 +35,11 @@ pub(super) fn run(args: &Args, path: &Path) -> Result<Exit, Failure> {
     let started = began.elapsed();
     match restored.report.error {
         _ if restored.report.ending == Ending::Running => {}
-        Some(error) => return Err(error.into()),
+        Some(error) => {
+            // Most likely the guest of the file has other memory than this one.
+            let hint = "give --ram and --block as they were when the file was written";
+            return Err(format!("{}: {}; {hint}", path.display(), in_words(&error)).into());
+        }
         None => return Err("the guest of the file did not run".into()),
     }
     let mut behind = String::new();
