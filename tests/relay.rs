@@ -179,7 +179,7 @@ fn a_source_without_a_return_path_is_told_of_and_kept_when_the_far_end_fails() {
     let mut relay = Ramwire::start(dir.path(), &arguments, &far);
     source.migrate(&relay.listening());
     source.wait_migration(Deadline::seconds(30));
-    let said = relay.failed(Deadline::seconds(30), 3);
+    let said = relay.failed(Deadline::seconds(30), 5);
     assert!(said.contains("opened no return path"), "{said}");
     assert!(said.contains("ramwire send"), "{said}");
     compare(&ram, &keep.join("ram-000.bin")).unwrap_or_else(|d| panic!("{d:?}"));
