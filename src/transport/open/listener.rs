@@ -101,13 +101,16 @@ impl Listener {
     }
 
     /// True if other connections have come that have not said what they are: those of a stranger, or a source's
-    /// connection for urgent pages (QEMU 7.2: postcopy-preempt). They end with this listener. Waits a millisecond at
-    /// most.
+    /// connection for urgent pages (QEMU 7.2: postcopy-preempt). They end with this listener. Waits a tenth of a second
+    /// at most: a source makes the second connection beside its first bytes, and its host may be busy.
     pub fn has_others(&mut self) -> bool {
-        let stop = Stop::never().within(Duration::from_millis(1));
+        let stop = Stop::never().within(OTHERS_TIME);
         self.candidates.are_waiting() || self.accept(&StreamOptions::default(), &stop).is_ok()
     }
 }
+
+/// How long [`Listener::has_others`] waits.
+const OTHERS_TIME: Duration = Duration::from_millis(100);
 
 /// Listening sockets: each connection is a byte stream, and a migration may use several.
 #[derive(Debug)]
