@@ -100,7 +100,7 @@ fn shared_ram_stays_where_it_is_under_ignore_shared() {
         let mut unaware = Ramwire::start(dir.path(), &receive, dir.path().join("unaware"));
         let mut source = start("refused");
         source.migrate(&unaware.listening());
-        let refusal = unaware.failed(Deadline::seconds(20), 3);
+        let refusal = unaware.failed(Deadline::seconds(20), 5);
         assert!(refusal.contains("say which of") && refusal.contains("m0"), "{what}: {refusal}");
         source.kill();
 
