@@ -95,7 +95,7 @@ fn in_rxe_guest_a_qemu_that_is_stopped_in_a_round_ends_its_destination_in_second
         Deadline::seconds(20).poll("pages travel", || receiver.errors(), registered);
         std::thread::sleep(Duration::from_millis(300 + 70 * attempt));
         signal(source.pid(), Signal::STOP);
-        let text = receiver.failed(Deadline::seconds(12), 3);
+        let text = receiver.failed(Deadline::seconds(12), 5);
         println!("QEMU stopped: {text}");
         assert!(text.contains("--stall-timeout"), "{text}");
         assert_eq!(registrations(Some(receiver.pid())), 0);
