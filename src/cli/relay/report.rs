@@ -1,7 +1,7 @@
 //! What a relay reports at its end.
 
 use ramwire::engine::{Ending, RelayEnding};
-use ramwire::session::RelayReport;
+use ramwire::session::{Error, RelayReport};
 use ramwire::transport::ChosenTransport;
 use serde_json::json;
 
@@ -23,7 +23,9 @@ pub(super) fn tell(
     called_off: bool,
 ) -> Exit {
     let errors = [report.received.error.as_ref(), report.sent.as_ref().and_then(|sent| sent.error.as_ref())];
-    for error in errors.into_iter().flatten() {
+    // "Cancelled" says that the guest runs on at its source, which is not certain at the other ends.
+    let is_told = |error: &&Error| report.ending == RelayEnding::Failed || !matches!(error, Error::Cancelled);
+    for error in errors.into_iter().flatten().filter(is_told) {
         complain("relay", error);
         print_remedies("relay", Some(error), REMEDIES);
     }
