@@ -164,7 +164,9 @@ enum Phase {
     Untold,
     /// Postcopy: pages are missing at the far end.
     Serving,
-    Telling(RelayEnding),
+    /// The source is told the ending.
+    Reporting(RelayEnding),
+    /// Neither holds [`RelayEnding::Unanswered`]: what the source may do unasked is known apart.
     Ended(RelayEnding),
 }
 
@@ -220,8 +222,8 @@ impl RelayEngine {
 
     /// True after a failure: the guest does not run at the far end, and never will.
     pub fn has_failed(&self) -> bool {
-        use RelayEnding::{Failed, Unanswered};
-        matches!(self.phase, Phase::Telling(Failed | Unanswered) | Phase::Ended(Failed | Unanswered))
+        use RelayEnding::Failed;
+        matches!(self.phase, Phase::Reporting(Failed) | Phase::Ended(Failed))
     }
 
     /// True if the source waits for the outcome, and can be sent a report. Known once the guest was given to us.
@@ -231,12 +233,15 @@ impl RelayEngine {
 
     /// How it ended, or how it would end now.
     pub fn ending(&self) -> RelayEnding {
-        match self.phase {
-            Phase::Telling(ending) | Phase::Ended(ending) => ending,
+        let ending = match self.phase {
+            Phase::Reporting(ending) | Phase::Ended(ending) => ending,
             Phase::GivenAway | Phase::InDoubt | Phase::Untold => RelayEnding::InDoubt,
             Phase::Taken | Phase::Serving => RelayEnding::Incomplete,
-            _ if self.unasked => RelayEnding::Unanswered,
             _ => RelayEnding::Failed,
+        };
+        match ending {
+            RelayEnding::Failed if self.unasked => RelayEnding::Unanswered,
+            ending => ending,
         }
     }
 
@@ -275,27 +280,9 @@ impl RelayEngine {
         }
         match (self.phase, event) {
             (_, E::Moved(traffic)) => self.flow.moved(now, traffic),
-            (phase, E::GivesUnasked) => {
-                self.unasked = true;
-                // A cancel was before it.
-                match phase {
-                    Phase::Telling(RelayEnding::Failed) => {
-                        self.phase = Phase::Telling(RelayEnding::Unanswered)
-                    }
-                    Phase::Ended(RelayEnding::Failed) => self.phase = Phase::Ended(RelayEnding::Unanswered),
-                    _ => {}
-                }
-            }
-            (phase, E::SourceKept) => {
-                self.unasked = false;
-                match phase {
-                    Phase::Telling(RelayEnding::Unanswered) => {
-                        self.phase = Phase::Telling(RelayEnding::Failed)
-                    }
-                    Phase::Ended(RelayEnding::Unanswered) => self.phase = Phase::Ended(RelayEnding::Failed),
-                    _ => {}
-                }
-            }
+            // It may come behind a cancel, whose ending it changes.
+            (_, E::GivesUnasked) => self.unasked = true,
+            (_, E::SourceKept) => self.unasked = false,
             (Phase::Receiving, E::RamComplete) => self.go(Phase::RamComplete, RelayAction::SendLastRound),
             (Phase::RamComplete, E::StateArrived) => self.go(Phase::StateHere, RelayAction::SendState),
             (Phase::StateHere, E::FarReady) => self.go(Phase::Asked, RelayAction::AskForGuest),
@@ -350,8 +337,11 @@ impl RelayEngine {
             (Phase::InDoubt, E::SourceGone) => self.give_up(),
             // The far end answers, or the doubt is reported; the relay decides neither.
             (Phase::GivenAway | Phase::InDoubt | Phase::Untold, _) => {}
-            (Phase::Telling(ending), E::Told) => self.go(Phase::Ended(ending), RelayAction::Finish(ending)),
-            (Phase::Telling(_) | Phase::Ended(_), _) => {}
+            (Phase::Reporting(ending), E::Told) => {
+                let known = self.ending();
+                self.go(Phase::Ended(ending), RelayAction::Finish(known));
+            }
+            (Phase::Reporting(_) | Phase::Ended(_), _) => {}
             // The source may have handed over the guest: only the source decides.
             (Phase::Asked | Phase::Guarding | Phase::Switching, E::Cancel) => {}
             // The far end can't decide before the guest was handed to it, and only the relay hands it over.
@@ -385,12 +375,8 @@ impl RelayEngine {
     }
 
     fn tell(&mut self, ending: RelayEnding) {
-        let ending = match ending {
-            RelayEnding::Failed if self.unasked => RelayEnding::Unanswered,
-            ending => ending,
-        };
         self.go(
-            Phase::Telling(ending),
+            Phase::Reporting(ending),
             match ending {
                 RelayEnding::Running => RelayAction::TellRunning,
                 RelayEnding::Failed | RelayEnding::Unanswered => RelayAction::TellFailed,
