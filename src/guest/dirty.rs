@@ -132,7 +132,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::race::guest_of;
-    use super::super::{GuestError, MappedGuest, SoftDirty, Standstill, WrittenPages};
+    use super::super::{GuestError, MappedGuest, PauseWriters, SoftDirty, WrittenPages};
     use super::*;
     use crate::ram::{Landing, RamBlockTable};
     use crate::sys::{HostSpan, Mapping};
@@ -154,8 +154,8 @@ mod tests {
 
     struct NoWriters;
 
-    impl Standstill for NoWriters {
-        fn hold(&self, during: &mut dyn FnMut()) -> io::Result<()> {
+    impl PauseWriters for NoWriters {
+        fn paused(&self, during: &mut dyn FnMut()) -> io::Result<()> {
             during();
             Ok(())
         }

@@ -42,7 +42,7 @@ pub(crate) use memory::span_of;
 pub use memory::{GuestError, GuestMemory, LayoutChange};
 pub(crate) use placing::CheckpointCache;
 pub use placing::{CacheError, PageObserver, PageWriter, Placer, ServeError};
-pub use soft_dirty::{SoftDirty, Standstill};
+pub use soft_dirty::{PauseWriters, SoftDirty};
 pub use software::SoftwareBitmap;
 pub use sources::{Choice, NoSource, choose, sync_all};
 #[cfg(any(test, feature = "testing"))]

@@ -1,7 +1,7 @@
 //! Written pages by soft-dirty bits: private memory of this process, on kernels before 6.7.
 //!
 //! The kernel has no call that reads the bits and clears them in one step: a write to a clean page between the two
-//! would be lost. So every writer must be stopped for that moment, which the embedder does ([`Standstill`]): a sync
+//! would be lost. So every writer must be stopped for that moment, which the embedder does ([`PauseWriters`]): a sync
 //! costs a short stop of the guest, some 10 ms per GiB, while [`WrittenPages`](super::WrittenPages) costs none.
 //! Clearing affects the whole process, so one sync reads the bits of all blocks
 //! ([`begin_sync`](DirtySource::begin_sync)), and there can be only one such source per process.
@@ -30,12 +30,12 @@ const NAME: &str = "soft-dirty";
 static IN_USE: AtomicBool = AtomicBool::new(false);
 
 /// Stops every writer of guest RAM for a moment: vCPUs, device threads, system calls in progress.
-pub trait Standstill: Send + Sync {
+pub trait PauseWriters: Send + Sync {
     /// Stops all writers, calls `during` once, and lets them continue. Also called while the guest is paused.
     ///
     /// # Errors
     /// If the writers could not be stopped; `during` was not called then.
-    fn hold(&self, during: &mut dyn FnMut()) -> io::Result<()>;
+    fn paused(&self, during: &mut dyn FnMut()) -> io::Result<()>;
 }
 
 /// Dirty source over the soft-dirty bits of this process.
@@ -43,7 +43,7 @@ pub struct SoftDirty {
     blocks: Vec<Option<Tracked>>,
     no_region: NoRegion,
     page: PageSize,
-    writers: Arc<dyn Standstill>,
+    writers: Arc<dyn PauseWriters>,
     running: Mutex<Option<Running>>,
 }
 
@@ -73,7 +73,7 @@ impl std::fmt::Debug for SoftDirty {
 impl SoftDirty {
     /// Tracks the blocks of `guest`, whose writers `writers` can stop. [`probe`](DirtySource::probe) refuses a block
     /// without a [`region`](GuestMemory::region).
-    pub fn new(guest: &dyn GuestMemory, writers: Arc<dyn Standstill>) -> Self {
+    pub fn new(guest: &dyn GuestMemory, writers: Arc<dyn PauseWriters>) -> Self {
         let tracked = |block: &RamBlock, region: HostRegion| {
             let len = block.max_length.min(region.len()).next_multiple_of(region.page().bytes());
             let range = region.address()..region.address().saturating_add(len as usize);
@@ -161,7 +161,7 @@ impl DirtySource for SoftDirty {
         let running = running.as_mut().ok_or_else(not_started)?;
         let mut result = Ok(());
         self.writers
-            .hold(&mut || result = self.take(running))
+            .paused(&mut || result = self.take(running))
             .map_err(|error| DirtyError::kernel(NAME, "stopping the guest's writers", error))?;
         result.map_err(|error| DirtyError::kernel(NAME, "taking the soft-dirty bits", error))?;
         running.handed_out.fill(false);
@@ -265,8 +265,8 @@ mod tests {
     #[derive(Default)]
     struct Turnstile(RwLock<()>);
 
-    impl Standstill for Turnstile {
-        fn hold(&self, during: &mut dyn FnMut()) -> io::Result<()> {
+    impl PauseWriters for Turnstile {
+        fn paused(&self, during: &mut dyn FnMut()) -> io::Result<()> {
             let _nobody_writes = self.0.write().unwrap();
             during();
             Ok(())
