@@ -19,7 +19,7 @@ use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 /// The memory whose missing pages are served.
 pub(super) struct Missing {
     faults: Arc<MissingFaults>,
-    /// Called for each host page once it is placed, marked, and woken.
+    /// Called for whole host pages once they are placed, marked, and woken.
     placed: Box<dyn Fn(Landing) + Send + Sync>,
     /// Address ranges of the blocks, ascending, with their index in the guest's own table.
     ranges: Vec<(std::ops::Range<usize>, BlockIndex, PageSize)>,
@@ -83,7 +83,8 @@ impl Placer {
     }
 
     /// From here on a first access to a missing page waits for it, and pages are placed as
-    /// [`PageWriter`](super::PageWriter) describes; `placed` is called for each whole host page. To be called once.
+    /// [`PageWriter`](super::PageWriter) describes; `placed` is called for whole host pages, several at once if they are
+    /// neighbours. To be called once.
     ///
     /// # Errors
     /// [`MissingFaultsError`]; [`GuestError`] for memory that is not of this process.
@@ -248,7 +249,12 @@ pub enum ServeError {
 #[derive(Debug, Default)]
 pub(super) struct HostPages {
     parts: HashMap<(BlockIndex, u64), Part>,
+    /// Pages that are placed by one call of the kernel.
+    gathered: Vec<u8>,
 }
+
+/// Bytes that one call of the kernel places at most: a thread that waits for the first of them waits for all.
+const GATHERED: usize = 64 << 10;
 
 /// Maximum number of incomplete host pages of one channel: a QEMU has one, and one more after an interruption.
 const MAX_PARTS: usize = 4;
@@ -262,6 +268,58 @@ struct Part {
 }
 
 impl HostPages {
+    /// Takes target pages, one after the other from the first of `landing` on, as [`take`](Self::take). Neighbours are
+    /// placed together: a call for each costs more than to copy them.
+    pub(super) fn take_run<'a>(
+        &mut self,
+        placer: &Placer,
+        landing: Landing,
+        pages: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<(), GuestError> {
+        let Some(missing) = placer.missing.get() else { return Ok(()) };
+        let target = placer.page_bytes();
+        let together = placer.host_page(landing).bytes() <= target;
+        let mut end = 0;
+        for bytes in pages {
+            let Some(one) = landing.part(end, target) else { break };
+            if !together {
+                self.take(placer, one, Some(bytes))?;
+                end += target;
+                continue;
+            }
+            // The guest may have written a received page since.
+            let is_new = !placer.has_all(one);
+            if !is_new || self.gathered.len() >= GATHERED {
+                self.place_gathered(placer, missing, landing, end)?;
+            }
+            if is_new {
+                self.gathered.extend_from_slice(bytes);
+            }
+            end += target;
+        }
+        self.place_gathered(placer, missing, landing, end)
+    }
+
+    /// Places the gathered pages, which end at `end` in `landing`, or before it if there is nothing gathered.
+    fn place_gathered(
+        &mut self,
+        placer: &Placer,
+        missing: &Missing,
+        landing: Landing,
+        end: u64,
+    ) -> Result<(), GuestError> {
+        let len = self.gathered.len() as u64;
+        let Some(part) = landing.part(end.saturating_sub(len), len).filter(|_| len > 0) else {
+            return Ok(());
+        };
+        let placed = placer.place_missing(missing, part, Some(&self.gathered));
+        self.gathered.clear();
+        placed?;
+        placer.commit(part);
+        (missing.placed)(part);
+        Ok(())
+    }
+
     /// Takes one target page, `None` for zero. The whole host page is placed and committed with its last target page.
     pub(super) fn take(
         &mut self,
@@ -323,5 +381,6 @@ impl HostPages {
     /// The channel is gone: its incomplete host pages will be sent again.
     pub(super) fn drop_parts(&mut self) {
         self.parts.clear();
+        self.gathered.clear();
     }
 }

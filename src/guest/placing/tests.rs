@@ -109,9 +109,14 @@ fn aligned(host_page: usize) -> Mapping {
 
 /// Four target pages make a host page; faults of this process are served.
 fn missing() -> (Arc<Placer>, Arc<MissingFaults>, mpsc::Receiver<Landing>) {
-    let mapping = aligned(4 * 4096);
+    missing_of(4)
+}
+
+/// The same with so many target pages in a host page.
+fn missing_of(pages: u64) -> (Arc<Placer>, Arc<MissingFaults>, mpsc::Receiver<Landing>) {
+    let mapping = aligned(pages as usize * 4096);
     let mut block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES * 4096);
-    block.host_page = PageSize::from_bytes(4 * 4096).unwrap();
+    block.host_page = PageSize::from_bytes(pages * 4096).unwrap();
     let region = mapping.region().clone().with_page(block.host_page);
     let guest = MappedGuest::builder(PageSize::SIZE_4K).region(block.clone(), region).build().unwrap();
     assert_eq!(guest.table().get(BlockIndex(0)).unwrap().host_page, block.host_page);
@@ -128,6 +133,25 @@ fn missing() -> (Arc<Placer>, Arc<MissingFaults>, mpsc::Receiver<Landing>) {
 
 fn target_page(placer: &Placer, page: u64) -> Landing {
     placer.admit(BlockIndex(0), BlockOffset(page * 4096), 4096).unwrap()
+}
+
+/// Neighbours are placed by one call, and a page between them that the guest has already is left to it.
+#[test]
+fn neighbours_are_placed_together_but_for_pages_that_are_here() {
+    let (placer, _faults, placed) = missing_of(1);
+    let mut writer = PageWriter::default();
+    writer.place(&placer, target_page(&placer, 3), [&[3; 4096][..]].into_iter()).unwrap();
+    placer.target(target_page(&placer, 3)).unwrap().copy_from(&[33; 4096]);
+    let pages: Vec<_> = (0..40).map(|page| [100 + page; 4096]).collect();
+    let run = placer.admit(BlockIndex(0), BlockOffset(0), 40 * 4096).unwrap();
+    writer.place(&placer, run, pages.iter().map(|page| &page[..])).unwrap();
+    let held = (0..40).map(|page| bytes_of(&placer, target_page(&placer, page)));
+    assert!(held.zip(0..).all(|(bytes, page)| bytes == [if page == 3 { 33 } else { 100 + page }; 4096]));
+    // First page and number of pages of each call.
+    let calls: Vec<_> =
+        placed.try_iter().map(|part| (placer.run(part).first.0, placer.run(part).pages)).collect();
+    assert_eq!(calls, [(3, 1), (0, 3), (4, 16), (20, 16), (36, 4)]);
+    assert_eq!(placer.counts().normal, 40);
 }
 
 /// A source that begins one host page after the other and completes none gets no memory for them.

@@ -60,12 +60,7 @@ impl PageWriter {
         pages: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<(), GuestError> {
         if placer.serves_missing() {
-            for (page, bytes) in (0..).zip(pages) {
-                if let Some(one) = landing.part(page * placer.page_bytes(), placer.page_bytes()) {
-                    self.host_pages.take(placer, one, Some(bytes))?;
-                }
-            }
-            return Ok(());
+            return self.host_pages.take_run(placer, landing, pages);
         }
         self.write(placer, landing, 0, pages)?;
         placer.commit(landing);

@@ -304,10 +304,15 @@ impl DestinationSession {
         let faults = Arc::new(faults);
         let (pager, began) = (Arc::new(Mutex::new(Pager::default())), Instant::now());
         self.figures.waiting(&pager);
-        let waits = Arc::clone(&pager);
+        let (waits, table) = (Arc::clone(&pager), Arc::clone(placing.memory()));
         let placed = move |landing: Landing| {
-            let mut pager = waits.locked();
-            pager.placed(began.elapsed(), host_page(landing));
+            let host =
+                table.table().get(landing.block()).map_or(landing.len(), |block| block.host_page.bytes());
+            let (mut pager, now) = (waits.locked(), began.elapsed());
+            for at in (0..landing.len()).step_by(host as usize) {
+                let page = HostPage { block: landing.block(), offset: landing.offset().0 + at };
+                pager.placed(now, page);
+            }
         };
         let placer = Arc::clone(placing.placer());
         let (mut placed, mut begun) = (Some(Box::new(placed)), Ok(()));
