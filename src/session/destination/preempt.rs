@@ -97,6 +97,11 @@ impl Preempt {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
+    /// Pages that threads wait for arrive here, and not on the main connection.
+    pub(super) fn is_connected(&self) -> bool {
+        self.state.connected.load(Ordering::Acquire)
+    }
+
     /// The main connection has received its last page: the source may close this one.
     pub(super) fn main_ended(&self) {
         self.state.main_ended.store(true, Ordering::Release);

@@ -26,7 +26,7 @@ impl DestinationSession {
     /// Reads until something is to be decided.
     pub(super) fn receive(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
         // The last item was a page, so more of them follow. Not in the last section: the source's guest waits for its
-        // end.
+        // end. Not where a thread may wait for the page: behind that one nothing need follow.
         let mut bulk = false;
         loop {
             let StreamReader { stream, buffer, start, end, .. } = reader;
@@ -40,7 +40,7 @@ impl DestinationSession {
                         let placing = self.ingest.placing()?;
                         placing.pages(block, offset, bytes, rest).map_err(|error| error.at(at))?;
                         *start += consumed + rest.len();
-                        bulk = self.ingest.sections().pages_follow();
+                        bulk = self.ingest.sections().pages_follow() && !self.switch.awaits_stream();
                         continue;
                     }
                     bulk = false;

@@ -107,6 +107,11 @@ impl Switch {
         self.running.as_ref()
     }
 
+    /// A thread may wait for a page of the stream: there is no other connection for such pages.
+    pub(super) fn awaits_stream(&self) -> bool {
+        self.running.as_ref().is_some_and(|postcopy| !postcopy.preempt.is_connected())
+    }
+
     pub(super) fn running_mut(&mut self) -> Option<&mut Postcopy> {
         self.running.as_mut()
     }
