@@ -95,14 +95,14 @@ pub fn run(args: &RestoreArgs, cancel: &CancelToken) -> Result<Exit, BenchError>
         for first in [turn % 2 == 0, turn % 2 == 1] {
             forget(args, &used.0)?;
             match first {
-                true => eager.push(rate(restored(&used.0, args.ram, RestoreWay::Eager)?)),
+                true => eager.push(rate(restored(&used.0, args.ram, false, RestoreWay::Eager)?)),
                 false => bare.push(rate(read(&used.0, len)?)),
             }
         }
         forget(args, &used.0)?;
-        lazy.push(restored(&used.0, args.ram, RestoreWay::Lazy)?.as_secs_f64() * 1e3);
+        lazy.push(restored(&used.0, args.ram, false, RestoreWay::Lazy)?.as_secs_f64() * 1e3);
         forget(args, &sparse.0)?;
-        far.push(restored(&sparse.0, args.sparse, RestoreWay::Lazy)?.as_secs_f64() * 1e3);
+        far.push(restored(&sparse.0, args.sparse, true, RestoreWay::Lazy)?.as_secs_f64() * 1e3);
     }
     let ratios = eager.iter().zip(&bare).map(|(ours, bare)| ours / bare);
     let (eager_ratio, lazy, far) = (Median::of(ratios), Median::of(lazy), Median::of(far));
@@ -143,8 +143,10 @@ fn io(doing: &'static str, source: std::io::Error) -> BenchError {
     BenchError::Io { who: "the file".into(), doing, source }
 }
 
-fn mapped(ram: u64) -> Result<Mapping, BenchError> {
-    Mapping::anonymous(ram).map_err(|error| failed("to map memory", &error))
+/// A guest larger than this host has memory in a file: of private memory the kernel must be able to give all.
+fn mapped(ram: u64, in_file: bool) -> Result<Mapping, BenchError> {
+    let mapping = if in_file { Mapping::memfd("restored", ram) } else { Mapping::anonymous(ram) };
+    mapping.map_err(|error| failed("to map memory", &error))
 }
 
 /// The file of a guest that was filled, or of one that has used 1 MiB.
@@ -156,7 +158,7 @@ fn saved(
     cancel: &CancelToken,
 ) -> Result<Saved, BenchError> {
     let saved = Saved(args.dir.join(format!("ramwire-restore-{name}-{}", std::process::id())));
-    let mapping = mapped(ram)?;
+    let mapping = mapped(ram, filled == 0)?;
     // One that is not filled is all zero, which is not written.
     let zero = if filled > 0 { 25 } else { 100 };
     let config = SyntheticConfig {
@@ -181,8 +183,8 @@ fn forget(args: &RestoreArgs, path: &Path) -> Result<(), BenchError> {
 }
 
 /// From the opening of the file until the guest runs.
-fn restored(path: &Path, ram: u64, way: RestoreWay) -> Result<Duration, BenchError> {
-    let memory = memory(&mapped(ram)?)?;
+fn restored(path: &Path, ram: u64, in_file: bool, way: RestoreWay) -> Result<Duration, BenchError> {
+    let memory = memory(&mapped(ram, in_file)?)?;
     let mut guest = SyntheticGuest::empty(memory.clone());
     let mut settings = RestoreSettings::default();
     (settings.way, settings.user_mode_only) = (way, true);

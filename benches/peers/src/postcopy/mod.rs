@@ -33,6 +33,9 @@ pub struct PostcopyArgs {
     /// Page channels for pages that nobody waits for; 0: they go in the stream
     #[arg(long, default_value_t = 0)]
     channels: u8,
+    /// Requested pages have a connection of their own, as with `ramwire send --postcopy-preempt`
+    #[arg(long)]
+    preempt: bool,
     /// Turns
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..1000))]
     pairs: u32,
@@ -64,6 +67,7 @@ struct Report {
     version: u32,
     ram_bytes: u64,
     channels: u8,
+    preempt: bool,
     pairs: u32,
     /// Bytes a second of a whole guest, by precopy and after a switch before the first page.
     precopy_gb_per_s: Option<Median>,
@@ -120,7 +124,7 @@ impl Faults {
 /// [`BenchError`].
 pub fn run(args: &PostcopyArgs, cancel: &CancelToken) -> Result<(), BenchError> {
     let source = filled(args.ram)?;
-    let way = Way { channels: args.channels, ..Way::default() };
+    let way = Way { channels: args.channels, preempt: args.preempt, ..Way::default() };
     let (mut precopy, mut drained, mut starts) = (Vec::new(), Vec::new(), Vec::new());
     for turn in 0..args.pairs {
         let whole = || ours::run(&source, Way { postcopy: false, ..way }, cancel);
@@ -136,6 +140,7 @@ pub fn run(args: &PostcopyArgs, cancel: &CancelToken) -> Result<(), BenchError> 
         version: 1,
         ram_bytes: args.ram,
         channels: args.channels,
+        preempt: args.preempt,
         pairs: args.pairs,
         drain_ratio: Median::of(ratios),
         precopy_gb_per_s: Median::of(precopy.iter().copied()),
@@ -176,8 +181,13 @@ fn turns(
 ) -> Result<Vec<Turn>, BenchError> {
     let mut turns = Vec::new();
     for turn in 0..args.pairs {
-        let asked =
-            Way { channels: args.channels, threads, background: Some(Rate(64 << 10)), postcopy: true };
+        let asked = Way {
+            channels: args.channels,
+            preempt: args.preempt,
+            threads,
+            background: Some(Rate(64 << 10)),
+            ..Way::default()
+        };
         let loaded = Way { background: Some(background), ..asked };
         // Each is first in every second turn.
         let first = (turn % 2 == 1).then(|| bare::run(source, threads)).transpose()?;
@@ -240,8 +250,8 @@ mod tests {
         let source = filled(4 << 20).unwrap();
         let cancel = CancelToken::default();
         assert!(bare::run(&source, 2).unwrap().count > 0);
-        for (threads, channels) in [(0, 0), (2, 0), (2, 2)] {
-            let way = Way { threads, channels, ..Way::default() };
+        for (threads, channels, preempt) in [(0, 0, false), (2, 0, false), (2, 2, false), (2, 0, true)] {
+            let way = Way { threads, channels, preempt, ..Way::default() };
             let run = ours::run(&source, way, &cancel).unwrap();
             assert!(run.seconds > 0.0, "{threads}");
         }

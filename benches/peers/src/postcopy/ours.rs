@@ -10,12 +10,14 @@ use ramwire::error::Chain;
 use ramwire::guest::{DeviceState, GuestControl};
 use ramwire::observe::LatencySummary;
 use ramwire::session::{
-    DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, PostcopySettings,
+    DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, PostcopySettings, Redial,
     SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
-use ramwire::transport::{Address, AllowList, ChannelOptions, ConnectionOptions, Listener, open_source};
+use ramwire::transport::{
+    Address, AllowList, ChannelOptions, ConnectionOptions, Listener, StreamOptions, open_source,
+};
 use ramwire::units::Rate;
 
 use super::{bare, memory};
@@ -33,11 +35,13 @@ pub struct Way {
     pub background: Option<Rate>,
     /// It is switched before the first page; else it moves whole.
     pub postcopy: bool,
+    /// Requested pages have a connection of their own.
+    pub preempt: bool,
 }
 
 impl Default for Way {
     fn default() -> Self {
-        Self { channels: 0, threads: 0, background: None, postcopy: true }
+        Self { channels: 0, threads: 0, background: None, postcopy: true, preempt: false }
     }
 }
 
@@ -109,12 +113,12 @@ pub fn run(source: &Mapping, way: Way, cancel: &CancelToken) -> Result<Run, Benc
     let there = Arc::new(memory(source.region().len())?);
     let any = Address::tcp("127.0.0.1", 0);
     let stop = Stop::on(cancel);
-    let mut listener = Listener::bind(&any, AllowList::default(), &stop)?;
+    let listener = Listener::bind(&any, AllowList::default(), &stop)?;
     let address = listener.address().clone();
     let touched = Touched { memory: there, threads: way.threads, running: Arc::default() };
     let began = Instant::now();
     let (sent, arrived) = std::thread::scope(|scope| {
-        let arriving = scope.spawn(|| receive(&mut listener, &touched, way, &stop));
+        let arriving = scope.spawn(|| receive(listener, &touched, way, &stop));
         let sent = send(source, &address, way, &stop);
         (sent, arriving.join())
     });
@@ -153,15 +157,17 @@ fn send(source: &Mapping, address: &Address, way: Way, stop: &Stop) -> Result<So
     settings.postcopy = way.postcopy.then(|| {
         let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
         postcopy.max_bandwidth = way.background;
+        postcopy.preempt = way.preempt;
         postcopy
     });
     // Nothing fits it: the switch comes before the first page.
     settings.downtime_limit = if way.postcopy { Duration::ZERO } else { settings.downtime_limit };
-    Ok(SourceSession::new(guest, connection, settings).run())
+    let again = Redial::new(address.clone(), StreamOptions::default());
+    Ok(SourceSession::new(guest, connection, settings).with_reconnect(Box::new(again)).run())
 }
 
 fn receive(
-    listener: &mut Listener,
+    mut listener: Listener,
     touched: &Touched,
     way: Way,
     stop: &Stop,
@@ -171,5 +177,7 @@ fn receive(
     let mut settings = DestinationSettings::default();
     settings.postcopy = way.postcopy;
     let guest = DestinationGuest { memory, control: Box::new(touched.clone()) };
-    Ok(DestinationSession::new(guest, connection, settings).run())
+    let session = DestinationSession::new(guest, connection, settings);
+    let next = move |stop: &Stop| listener.accept(&StreamOptions::default(), stop);
+    Ok(session.with_next_connection(Box::new(next)).run())
 }
