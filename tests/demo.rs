@@ -349,7 +349,7 @@ fn an_end_that_is_killed_in_postcopy_leaves_no_process_and_is_told() {
         let dir = scratch();
         let log = dir.path().join("run.jsonl");
         let arguments =
-            ["demo", "--postcopy", "--transport", "tcp", "--link-rate", "1M", "--ram", "16M", "--log-rounds"];
+            ["demo", "--postcopy", "--transport", "tcp", "--link-rate", "1M", "--ram", "16M", "--run-log"];
         let mut demo = Ramwire::start(dir.path(), &arguments, &log);
         let read = || fs::read_to_string(&log).unwrap_or_default();
         let switched = || read().contains("postcopy-active").then_some(());

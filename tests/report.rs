@@ -1,4 +1,4 @@
-//! `--log-rounds`, `ramwire report` and `--metrics`: real runs, their logs compared with the docs, their pages in a
+//! `--run-log`, `ramwire report` and `--metrics`: real runs, their logs compared with the docs, their pages in a
 //! browser.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -33,7 +33,7 @@ const BUSY: [&str; 11] = [
 
 /// Runs the demo with a log in `dir`; returns its lines.
 fn logged(dir: &Path) -> Vec<Value> {
-    let log = format!("--log-rounds={}", dir.join("run.jsonl").display());
+    let log = format!("--run-log={}", dir.join("run.jsonl").display());
     let out = Ramwire::start(dir, &BUSY, log).finished(Deadline::seconds(60), 0);
     let text = fs::read_to_string(dir.join("run.jsonl")).unwrap();
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -203,10 +203,10 @@ fn a_log_that_was_cut_off_is_a_page_and_a_hostile_one_an_error_with_its_line() {
 fn a_log_that_cannot_be_written_is_told_before_anything_happens_or_after_all_went_well() {
     let dir = scratch();
     let demo = ["demo", "--json", "--ram=8M", "--working-set=1M", "--dirty-rate=0", "--transport=unix"];
-    let missing = format!("--log-rounds={}", dir.path().join("missing/run.jsonl").display());
+    let missing = format!("--run-log={}", dir.path().join("missing/run.jsonl").display());
     let said = Ramwire::start(dir.path(), &demo, missing).failed(Deadline::seconds(20), 3);
-    assert!(said.contains("--log-rounds") && said.contains("No such file"), "{said}");
-    let mut run = Ramwire::start(dir.path(), &demo, "--log-rounds=/dev/full");
+    assert!(said.contains("--run-log") && said.contains("No such file"), "{said}");
+    let mut run = Ramwire::start(dir.path(), &demo, "--run-log=/dev/full");
     assert_eq!(run.finished(Deadline::seconds(30), 0)["verified"], true, "a full disk disturbs no migration");
     assert!(run.errors().contains("the log is not whole"), "{}", run.errors());
 }

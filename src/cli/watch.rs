@@ -14,8 +14,8 @@ use super::output::note;
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct WatchArgs {
     /// Write a line of JSON for each round and ten times a second to this file, for `ramwire report`
-    #[arg(long, value_name = "FILE")]
-    log_rounds: Option<PathBuf>,
+    #[arg(long, alias = "log-rounds", value_name = "FILE")]
+    run_log: Option<PathBuf>,
     #[command(flatten)]
     pub(super) metrics: MetricsArgs,
 }
@@ -38,10 +38,10 @@ pub(super) struct LogFile(Option<(PathBuf, File)>);
 
 impl WatchArgs {
     pub(super) fn create_log(&self) -> Result<LogFile, String> {
-        let Some(path) = &self.log_rounds else { return Ok(LogFile(None)) };
+        let Some(path) = &self.run_log else { return Ok(LogFile(None)) };
         let file = File::create(path);
         let file = file.map_err(|error| {
-            format!("--log-rounds {}: {error}; name a file that can be written", path.display())
+            format!("--run-log {}: {error}; name a file that can be written", path.display())
         })?;
         Ok(LogFile(Some((path.clone(), file))))
     }
@@ -54,7 +54,7 @@ impl LogFile {
         match RunLog::start(statistics, run, Box::new(file), &Spawner::default()) {
             Ok(log) => Log(Some((path, log))),
             Err(error) => {
-                note!("--log-rounds {}: {error}", path.display());
+                note!("--run-log {}: {error}", path.display());
                 Log(None)
             }
         }
@@ -72,7 +72,7 @@ impl Log {
         if let Some((path, log)) = self.0
             && let Err(error) = log.finish()
         {
-            note!("--log-rounds {}: {error}; the log is not whole", path.display());
+            note!("--run-log {}: {error}; the log is not whole", path.display());
         }
     }
 }

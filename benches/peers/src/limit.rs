@@ -127,7 +127,7 @@ fn demo(args: &LimitArgs, log: &Path) -> Result<(), BenchError> {
         .arg(format!("--xbzrle-cache-size={}", args.xbzrle_cache_size))
         .args((args.channels > 0).then(|| format!("--channels={}", args.channels)))
         .arg(format!("--timeout={}", args.seconds))
-        .arg("--log-rounds")
+        .arg("--run-log")
         .arg(log)
         .stdin(Stdio::null())
         .output()

@@ -12,10 +12,10 @@ use super::args::Exit;
 use super::common::{Usage, failed, is_same_file};
 use crate::cli::remedies::in_words;
 
-/// Makes one self-contained HTML page of a log that `--log-rounds` wrote: no scripts, no other files.
+/// Makes one self-contained HTML page of a log that `--run-log` wrote: no scripts, no other files.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
-    ramwire demo --log-rounds run.jsonl
+    ramwire demo --run-log run.jsonl
     ramwire report run.jsonl -o report.html")]
 pub(super) struct Args {
     /// The log; of a truncated one the page shows what is there, and says so
