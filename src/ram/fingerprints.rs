@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use twox_hash::XxHash3_64;
 
 use super::{PageRun, RamBlockTable};
 use crate::units::{BlockIndex, PageIndex};
@@ -25,14 +25,15 @@ impl Fingerprints {
         let empty = |pages: u64| (0..pages).map(|_| AtomicU64::new(NONE)).collect();
         let pages =
             table.blocks().iter().map(|block| if block.flags.ignored { 0 } else { table.pages_of(block) });
-        let mut new = Self { seed: xxh3_64(&key), zero: NONE, blocks: pages.map(empty).collect() };
+        let mut new =
+            Self { seed: XxHash3_64::oneshot(&key), zero: NONE, blocks: pages.map(empty).collect() };
         new.zero = new.of(&vec![0; table.page().bytes() as usize]);
         new
     }
 
     /// What `page`, the bytes of one page, has.
     pub fn of(&self, page: &[u8]) -> u64 {
-        match xxh3_64_with_seed(page, self.seed) {
+        match XxHash3_64::oneshot_with_seed(self.seed, page) {
             NONE => 1,
             value => value,
         }

@@ -3,9 +3,10 @@
 //! XXH3 (64 bits) of every 16 MiB range of every block, made on all cores while the guest is paused: an earlier digest
 //! could not see a lost dirty bit. It guards against loss, not against a forger.
 
+use std::hash::Hasher as _;
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::XxHash3_64;
 
 use crate::guest::{GuestError, GuestMemory, span_of};
 use crate::ram::{BlockName, Landing, PageRun, PageSet, RamBlockTable};
@@ -72,10 +73,10 @@ impl Digest {
         let hash = move |item: usize| hash_landing(&*memory, work[item], &unsent);
         let hashes = spawner.map_watched("ramwire-digest", ranges.len(), hash, still_at_it)?;
         let mut digest = hashes.into_iter().collect::<Result<Vec<u64>, GuestError>>()?;
-        let mut hash = Xxh3::new();
-        hash.update(carried);
-        hash.update(state);
-        digest.push(hash.digest());
+        let mut hash = XxHash3_64::new();
+        hash.write(carried);
+        hash.write(state);
+        digest.push(hash.finish());
         Ok(Self(digest))
     }
 
@@ -172,7 +173,7 @@ fn hash_landing(guest: &dyn GuestMemory, landing: Landing, unsent: &PageSet) -> 
     let span = span_of(guest, landing)?;
     let region = guest.region(landing.block());
     let mut window = vec![0u8; WINDOW];
-    let mut hash = Xxh3::new();
+    let mut hash = XxHash3_64::new();
     let mut at = 0;
     while let Some(part) = span.part(at, WINDOW.min(span.len() - at)).filter(|part| !part.is_empty()) {
         let window = &mut window[..part.len()];
@@ -180,10 +181,10 @@ fn hash_landing(guest: &dyn GuestMemory, landing: Landing, unsent: &PageSet) -> 
         if !region.as_ref().is_some_and(|region| region.read_sparse(offset, window)) {
             part.copy_to(window);
         }
-        hash.update(window);
+        hash.write(window);
         at += part.len();
     }
-    Ok(hash.digest())
+    Ok(hash.finish())
 }
 
 /// As [`hash_landing`], page by page, and those that were not sent are zeros.
@@ -192,7 +193,7 @@ fn hash_sent(guest: &dyn GuestMemory, landing: Landing, unsent: &PageSet) -> Res
     let region = guest.region(landing.block());
     let page_bytes = guest.table().page().bytes() as usize;
     let mut window = vec![0u8; page_bytes];
-    let mut hash = Xxh3::new();
+    let mut hash = XxHash3_64::new();
     for page in (run.first.0..run.end().0).map(PageIndex) {
         let one = PageRun { block: run.block, first: page, pages: 1 };
         window.fill(0);
@@ -203,7 +204,7 @@ fn hash_sent(guest: &dyn GuestMemory, landing: Landing, unsent: &PageSet) -> Res
                 span_of(guest, landing)?.copy_to(&mut window);
             }
         }
-        hash.update(&window);
+        hash.write(&window);
     }
-    Ok(hash.digest())
+    Ok(hash.finish())
 }

@@ -12,7 +12,7 @@
 
 use std::io;
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::reader::Reader;
 use super::writer::Writer;
@@ -86,7 +86,7 @@ impl SnapshotNote {
             writer.bytes(&base.id.0).be64(base.starts_at);
             writer.be16(u16::try_from(path.len()).unwrap_or(u16::MAX)).bytes(path);
         }
-        let (len, hash) = (u32::try_from(body.len()).unwrap_or(u32::MAX), xxh3_64(&body));
+        let (len, hash) = (u32::try_from(body.len()).unwrap_or(u32::MAX), XxHash3_64::oneshot(&body));
         Writer::new(out).bytes(&body).be32(len).be64(hash).bytes(&MAGIC);
     }
 
@@ -113,7 +113,7 @@ impl SnapshotNote {
         };
         let mut body = vec![0; len as usize];
         read(at, &mut body)?;
-        if xxh3_64(&body) != hash {
+        if XxHash3_64::oneshot(&body) != hash {
             return Err(invalid(NoteError::Hash));
         }
         let note = Self::decode(&body).map_err(invalid)?;

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
-use xxhash_rust::xxh3::xxh3_128;
+use twox_hash::XxHash3_128;
 
 use super::MappedDestination;
 use crate::ram::PageBitmap;
@@ -179,7 +179,7 @@ fn identity_of<'a>(files: impl IntoIterator<Item = &'a File>) -> [u8; 16] {
             bytes.extend(number.to_le_bytes());
         }
     }
-    xxh3_128(&bytes).to_be_bytes()
+    XxHash3_128::oneshot(&bytes).to_be_bytes()
 }
 
 /// Calls back for the runs of a file that are not holes. A file system that does not report holes has none. A part by

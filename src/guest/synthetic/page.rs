@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 /// First word of a self-describing page, XORed with the guest's seed.
 const MAGIC: u64 = u64::from_be_bytes(*b"ramwire1");
@@ -72,7 +72,7 @@ pub(super) fn write(page: &mut [u8], seed: u64, stamp: Stamp, changes: u32) {
     words[2] = (u64::from(stamp.block) << 32 | u64::from(stamp.writer)).to_le_bytes();
     words[3] = stamp.page.to_le_bytes();
     words[4] = stamp.sequence.to_le_bytes();
-    words[1] = xxh3_64(words[2..].as_flattened()).to_le_bytes();
+    words[1] = XxHash3_64::oneshot(words[2..].as_flattened()).to_le_bytes();
 }
 
 /// Looks what `page` holds.
@@ -83,7 +83,7 @@ pub(super) fn read(page: &[u8], seed: u64) -> Content {
         let zero = page.iter().all(|byte| *byte == 0);
         return if zero { Content::Zero } else { Content::Foreign };
     }
-    if words.len() < HEADER || word(1) != xxh3_64(words[2..].as_flattened()) {
+    if words.len() < HEADER || word(1) != XxHash3_64::oneshot(words[2..].as_flattened()) {
         return Content::Torn;
     }
     let (block, writer) = ((word(2) >> 32) as u32, word(2) as u32);
@@ -94,7 +94,7 @@ pub(super) fn read(page: &[u8], seed: u64) -> Content {
 pub(super) fn mix(seed: u64, stamp: Stamp) -> u64 {
     let who = u64::from(stamp.block) << 32 | u64::from(stamp.writer);
     let words = [seed, who, stamp.page, stamp.sequence].map(u64::to_le_bytes);
-    xxh3_64(words.as_flattened())
+    XxHash3_64::oneshot(words.as_flattened())
 }
 
 #[cfg(test)]

@@ -10,9 +10,10 @@
 //! | 4, 8 each | writers, then the writes each has done |
 //! | 8 | checksum over all before |
 
+use std::hash::Hasher as _;
 use std::io::{self, Read};
 
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use twox_hash::XxHash3_64;
 
 use super::plan::{MAX_WRITERS, SyntheticConfig};
 use crate::ram::RamBlockTable;
@@ -25,13 +26,13 @@ const NO_LIMIT: u64 = u64::MAX;
 
 /// The blocks as a number, so that another guest's memory is refused instead of misread.
 fn fingerprint(table: &RamBlockTable) -> u64 {
-    let mut hash = Xxh3::new();
+    let mut hash = XxHash3_64::new();
     for block in table.blocks() {
-        hash.update(&[u8::from(block.flags.ignored)]);
-        hash.update(block.name.as_str().as_bytes());
-        hash.update(&block.used_length.to_le_bytes());
+        hash.write(&[u8::from(block.flags.ignored)]);
+        hash.write(block.name.as_str().as_bytes());
+        hash.write(&block.used_length.to_le_bytes());
     }
-    hash.digest()
+    hash.finish()
 }
 
 pub(super) fn encode(table: &RamBlockTable, config: &SyntheticConfig, done: &[u64]) -> Vec<u8> {
@@ -45,7 +46,7 @@ pub(super) fn encode(table: &RamBlockTable, config: &SyntheticConfig, done: &[u6
     out.extend(fingerprint(table).to_le_bytes());
     out.extend((done.len() as u32).to_le_bytes());
     done.iter().for_each(|done| out.extend(done.to_le_bytes()));
-    out.extend(xxh3_64(&out).to_le_bytes());
+    out.extend(XxHash3_64::oneshot(&out).to_le_bytes());
     out
 }
 
@@ -63,7 +64,7 @@ pub(super) fn decode(table: &RamBlockTable, from: &mut dyn Read) -> io::Result<(
     all.resize(12 + length + 8, 0);
     from.read_exact(&mut all[12..])?;
     let (body, sum) = all.split_at(12 + length);
-    if sum != xxh3_64(body).to_le_bytes() {
+    if sum != XxHash3_64::oneshot(body).to_le_bytes() {
         return Err(refused("has a wrong checksum"));
     }
     let mut fields = Fields(&body[12..]);

@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use xxhash_rust::xxh3::xxh3_128_with_secret;
+use twox_hash::XxHash3_128;
 
 use crate::guest::PageObserver;
 use crate::guest::{GuestError, GuestMemory};
@@ -179,13 +179,14 @@ impl Chunk {
     }
 }
 
-/// Never [`UNKNOWN`].
+/// Not [`UNKNOWN`].
 fn fingerprint(page: HostSpan<'_>, secret: &[u8], window: &mut [u8]) -> u128 {
     if is_zero(page) {
         return ZERO;
     }
     page.copy_to(window);
-    xxh3_128_with_secret(window, secret) | 1
+    // Only a secret that is too short is refused.
+    XxHash3_128::oneshot_with_secret(secret, window).map_or(UNKNOWN, |hash| hash | 1)
 }
 
 #[cfg(test)]
