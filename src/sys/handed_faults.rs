@@ -34,6 +34,15 @@ pub enum HandedFaultsError {
          back as they were; ask for that feature by UFFDIO_API"
     )]
     Features,
+    /// It is none for memory of this process, or not set up.
+    #[error(
+        "the userfaultfd can't watch memory of this process; make it in this process, and enable what its memory \
+        needs by UFFDIO_API"
+    )]
+    Foreign {
+        /// Why.
+        source: super::MissingFaultsError,
+    },
     /// The kernel's error.
     #[error("{doing} failed")]
     Kernel {
@@ -82,23 +91,14 @@ impl HandedFaults {
     /// # Errors
     /// [`HandedFaultsError`].
     pub fn adopt(fd: OwnedFd) -> Result<Self, HandedFaultsError> {
-        let kernel = |doing| move |source| HandedFaultsError::Kernel { doing, source };
         let number = fd.as_raw_fd();
-        let what = fs::read_link(format!("/proc/self/fd/{number}"))
-            .map_err(kernel("looking at the descriptor that was handed over"))?;
-        if what.as_os_str() != LINK {
-            return Err(HandedFaultsError::Other { what: what.display().to_string() });
-        }
+        let uffd = taken(fd)?;
         let told = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))
             .map_err(kernel("looking at the features of the userfaultfd"))?;
         if features(&told).is_none_or(|features| features & EVENT_REMOVE == 0) {
             return Err(HandedFaultsError::Features);
         }
-        let flags = fcntl_getfl(&fd).map_err(io::Error::from);
-        let set = flags.and_then(|flags| Ok(fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?));
-        set.map_err(kernel("making the userfaultfd non-blocking"))?;
-        // SAFETY: the descriptor is owned and moves in.
-        Ok(Self { uffd: unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) } })
+        Ok(Self { uffd })
     }
 
     /// The next event, without waiting for one.
@@ -178,6 +178,24 @@ fn placement(errno: i32) -> io::Result<Placement> {
         libc::ESRCH => Ok(Placement::Gone),
         errno => Err(io::Error::from_raw_os_error(errno)),
     }
+}
+
+fn kernel(doing: &'static str) -> impl Fn(io::Error) -> HandedFaultsError {
+    move |source| HandedFaultsError::Kernel { doing, source }
+}
+
+/// Takes a descriptor that somebody else created, if it is a userfaultfd, and makes it non-blocking.
+pub(super) fn taken(fd: OwnedFd) -> Result<Uffd, HandedFaultsError> {
+    let what = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .map_err(kernel("looking at the descriptor that was handed over"))?;
+    if what.as_os_str() != LINK {
+        return Err(HandedFaultsError::Other { what: what.display().to_string() });
+    }
+    let flags = fcntl_getfl(&fd).map_err(io::Error::from);
+    let set = flags.and_then(|flags| Ok(fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?));
+    set.map_err(kernel("making the userfaultfd non-blocking"))?;
+    // SAFETY: the descriptor is owned and moves in.
+    Ok(unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) })
 }
 
 /// The enabled features, from `/proc/self/fdinfo`: `API: aa:FEATURES:IOCTLS`, hexadecimal.

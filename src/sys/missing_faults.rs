@@ -2,13 +2,13 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::fd::{FromRawFd, IntoRawFd};
 
 use rustix::io::Errno;
 use userfaultfd::{Event, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder};
 
-use super::HostSpan;
+use super::handed_faults::{HandedFaultsError, taken};
 use super::uffd::to_io;
+use super::{HostSpan, Mapping};
 use crate::units::PageSize;
 
 /// Why missing pages can't be served here.
@@ -53,6 +53,10 @@ pub struct MissingFault {
     pub thread: u32,
 }
 
+fn foreign(source: MissingFaultsError) -> HandedFaultsError {
+    HandedFaultsError::Foreign { source }
+}
+
 impl MissingFaults {
     /// A descriptor that reports faults of the kernel's own accesses too (KVM's, read(2)'s): needs `/dev/userfaultfd`,
     /// CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd.
@@ -87,11 +91,25 @@ impl MissingFaults {
         Ok(Self { uffd })
     }
 
-    /// Takes a descriptor that the embedder created: non-blocking, with its features enabled (UFFDIO_API), of this
-    /// process.
-    pub fn adopt(fd: OwnedFd) -> Self {
-        // SAFETY: the descriptor is owned and moves in.
-        Self { uffd: unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) } }
+    /// Takes a descriptor that the embedder created in this process, with the features that its memory needs enabled
+    /// by UFFDIO_API (`UFFD_FEATURE_MISSING_SHMEM`, `UFFD_FEATURE_MISSING_HUGETLBFS`; `UFFD_FEATURE_THREAD_ID` for the
+    /// times that vCPUs wait). It is made non-blocking, and no memory may be registered with it yet. So a process that
+    /// has given up its rights can still serve faults of the kernel's own accesses.
+    ///
+    /// # Errors
+    /// [`HandedFaultsError`].
+    pub fn adopt(fd: OwnedFd) -> Result<Self, HandedFaultsError> {
+        let faults = Self { uffd: taken(fd)? };
+        // One of another process, or without UFFDIO_API, is found here and not when the guest is handed over.
+        let probe = Mapping::anonymous(rustix::param::page_size() as u64);
+        if let Ok(span) = probe.as_ref().map(|page| page.region()) {
+            let span = span.span(0, span.len()).map_err(|_| foreign(MissingFaultsError::Memory))?;
+            faults.register(span).map_err(foreign)?;
+            let unregistered = faults.unregister(span);
+            unregistered
+                .map_err(|source| HandedFaultsError::Kernel { doing: "trying the userfaultfd", source })?;
+        }
+        Ok(faults)
     }
 
     /// From here on the first access to a missing page of `span` waits. `span` is in whole pages of the memory.
@@ -225,13 +243,27 @@ impl AsFd for MissingFaults {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::sys::Mapping;
     use rustix::event::{PollFd, PollFlags, poll};
 
     fn next_fault(faults: &MissingFaults) -> MissingFault {
         let mut fds = [PollFd::new(faults, PollFlags::IN)];
         poll(&mut fds, None).unwrap();
         faults.next().unwrap().unwrap()
+    }
+
+    /// Found when it is handed in, and not when the guest has been handed over.
+    #[test]
+    fn a_descriptor_that_can_not_watch_memory_here_is_refused() {
+        let refused = |fd: OwnedFd| MissingFaults::adopt(fd).unwrap_err().to_string();
+        let (pipe, _end) = std::io::pipe().unwrap();
+        assert!(refused(pipe.into()).contains("no userfaultfd but pipe:"));
+        let flags = rustix::mm::UserfaultfdFlags::from_bits_retain(1);
+        // SAFETY: no memory is registered with it.
+        let unset = unsafe { rustix::mm::userfaultfd(flags) }.unwrap();
+        assert!(refused(unset).contains("UFFDIO_API"));
+        let mut builder = UffdBuilder::new();
+        let set = builder.user_mode_only(true).create().unwrap();
+        MissingFaults::adopt(crate::sys::duplicate(&set).unwrap()).unwrap();
     }
 
     /// A thread that reads a page waits for it; a page is placed completely and once; zero pages are zero.

@@ -26,11 +26,11 @@ impl Advised {
     /// Checks everything that a switch needs before the first page arrives.
     ///
     /// # Errors
-    /// There is no userfaultfd for this process.
-    pub(super) fn new(host_pages: u64) -> Result<Self, Error> {
+    /// There is no userfaultfd for this process. `handed_in` is the embedder's.
+    pub(super) fn new(host_pages: u64, handed_in: Option<MissingFaults>) -> Result<Self, Error> {
         // A descriptor for faults of user mode only needs no privilege, but KVM and read(2) access the guest from the
         // kernel: that would fail after RUN, when the source does not take its guest back any more.
-        let faults = MissingFaults::new().map_err(ServeError::from)?;
+        let faults = handed_in.map_or_else(MissingFaults::new, Ok).map_err(ServeError::from)?;
         Ok(Self::with(faults, host_pages))
     }
 
@@ -123,7 +123,7 @@ impl DestinationSession {
                 remedy: Remedy::Advice("turn postcopy-ram off at the source, or let it come over TCP"),
             });
         }
-        self.switch.advise(match self.ingest.relays_postcopy()? {
+        let advised = match self.ingest.relays_postcopy()? {
             true if self.reported.spread => {
                 return Err(Error::Config {
                     what: "the source may switch to postcopy with page channels, and a relay takes missing pages in \
@@ -133,8 +133,9 @@ impl DestinationSession {
                 });
             }
             true => Advised::elsewhere(host_pages),
-            false => Advised::new(host_pages)?,
-        });
+            false => Advised::new(host_pages, self.switch.take_handed_in())?,
+        };
+        self.switch.advise(advised);
         Ok(())
     }
 }

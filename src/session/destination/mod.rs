@@ -40,7 +40,7 @@ use crate::stream::native::Answer;
 use crate::stream::qemu::incoming::{IncomingConfig, StreamLimits};
 use crate::stream::qemu::own_devices::own_state;
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{CancelToken, Stop};
+use crate::sys::{CancelToken, MissingFaults, Stop};
 use crate::transport::{ChannelError, DestinationConnection};
 
 use crate::session::callback::{guarded, named};
@@ -206,6 +206,13 @@ impl DestinationSession {
     pub fn with_next_connection(mut self, next: Box<dyn NextConnection>) -> Self {
         self.switch.may_reconnect(Connections::new(next));
         self.resumption.accept_from(Box::new(Accepts(self.switch.next().clone())));
+        self
+    }
+
+    /// The userfaultfd by which missing pages are served after a switch to postcopy, in place of one that the session
+    /// makes when the source announces that it may switch: for a process that has given up the right to make one.
+    pub fn with_missing_faults(mut self, faults: MissingFaults) -> Self {
+        self.switch.hand_in(faults);
         self
     }
 

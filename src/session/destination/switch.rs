@@ -3,7 +3,7 @@
 use crate::guest::Placer;
 use crate::ram::RamBlockTable;
 use crate::stream::qemu::command::Discard;
-use crate::sys::Stop;
+use crate::sys::{MissingFaults, Stop};
 
 use super::advised::{self, Advised};
 use super::arrivals::{Connections, SharedNext};
@@ -23,6 +23,8 @@ pub(super) struct Switch {
     relayed: Option<Relayed>,
     /// Where the source may connect again.
     next: SharedNext,
+    /// The embedder's descriptor for faults.
+    handed_in: Option<MissingFaults>,
 }
 
 impl Switch {
@@ -34,6 +36,15 @@ impl Switch {
     /// Where the source may connect again.
     pub(super) fn next(&self) -> &SharedNext {
         &self.next
+    }
+
+    /// Faults are to be served by this descriptor.
+    pub(super) fn hand_in(&mut self, faults: MissingFaults) {
+        self.handed_in = Some(faults);
+    }
+
+    pub(super) fn take_handed_in(&mut self) -> Option<MissingFaults> {
+        self.handed_in.take()
     }
 
     /// ADVISE was received.
@@ -191,7 +202,7 @@ mod tests {
     #[test]
     fn what_comes_from_advise_to_the_package_is_kept_within_its_limits() {
         let (mut switch, placer) = (Switch::default(), placer());
-        switch.advise(Advised::with(crate::sys::MissingFaults::user_mode_only().unwrap(), PAGE));
+        switch.advise(Advised::with(MissingFaults::user_mode_only().unwrap(), PAGE));
         switch.package_bytes(&[1; 60], 100).unwrap();
         assert!(switch.package_bytes(&[2; 41], 100).is_err());
         switch.package_bytes(&[3; 40], 100).unwrap();
@@ -212,7 +223,7 @@ mod tests {
         for (theirs, same) in [(PAGE, true), (PAGE | 2 << 20, false), (2 << 20, false)] {
             let mut switch = Switch::default();
             assert!(switch.check_host_pages(&table).is_ok(), "nobody asks");
-            switch.advise(Advised::with(crate::sys::MissingFaults::user_mode_only().unwrap(), theirs));
+            switch.advise(Advised::with(MissingFaults::user_mode_only().unwrap(), theirs));
             assert_eq!(switch.check_host_pages(&table).is_ok(), same, "{theirs:#x}");
         }
     }

@@ -247,6 +247,29 @@ fn a_destination_that_sees_no_fault_of_the_kernel_refuses_before_a_page_comes() 
     assert_eq!(sent.statistics.pages.normal, 0);
 }
 
+/// The embedder has made the descriptor before it gave up its rights.
+#[test]
+fn a_descriptor_that_is_handed_in_serves_a_process_without_rights() {
+    let postcopy = Some(PostcopySettings::new(PostcopyRule::AfterRounds(0)));
+    let mut ends = ends_with(|settings| (settings.verify, settings.postcopy) = (Verify::Off, postcopy));
+    ends.destination.settings_mut().postcopy = true;
+    let made = userfaultfd::UffdBuilder::new()
+        .user_mode_only(true)
+        .require_features(userfaultfd::FeatureFlags::MISSING_SHMEM)
+        .create()
+        .unwrap();
+    let faults = crate::sys::MissingFaults::adopt(crate::sys::duplicate(&made).unwrap()).unwrap();
+    let destination = ends.destination.with_missing_faults(faults);
+    let thread = std::thread::spawn(move || {
+        let _ = rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(65534));
+        destination.run()
+    });
+    let sent = ends.source.run();
+    let arrived = thread.join().unwrap();
+    assert_eq!((sent.outcome, arrived.ending), (Outcome::Completed, Ending::Running), "{:?}", arrived.error);
+    assert!(!ends.source_machine.runs());
+}
+
 /// Reads pages of a guest that runs where they are missing, as its vCPU would.
 fn touch(to: &MappedGuest, pages: std::ops::Range<u64>) {
     for page in pages {
