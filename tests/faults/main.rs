@@ -7,6 +7,7 @@
 //! - `qemu`: QEMUs that die, in both roles.
 //! - `files`: RAM files that change during a migration.
 //! - `flips`: every byte of a stream to a QEMU: which are data, and a QEMU's reaction to a flip.
+//! - `full_disk`: a file system that is full while a guest is written to a file.
 //! - `running`: the same with guests that run and check their memory.
 //! - `command`: the command's signals, options and folders.
 //! - `leaving`: `send` is ended by signals at each of its stages; its folder must be correct.
@@ -20,6 +21,7 @@ mod common;
 mod command;
 mod files;
 mod flips;
+mod full_disk;
 mod hostile;
 mod kills;
 mod leaving;

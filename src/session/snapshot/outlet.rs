@@ -115,8 +115,13 @@ impl Outlet {
 
     fn order(&self, order: Order) -> Result<(), Error> {
         let sent = self.orders.as_ref().is_some_and(|orders| orders.send(order).is_ok());
-        // The reason for its end is in its results.
-        if sent { Ok(()) } else { Err(gone()) }
+        if sent { Ok(()) } else { Err(self.why_ended()) }
+    }
+
+    /// The thread has ended: its last result is the reason.
+    fn why_ended(&self) -> Error {
+        let failed = |news| if let News::Failed(error) = news { Some(error) } else { None };
+        self.news.try_iter().find_map(failed).unwrap_or_else(gone)
     }
 
     /// The next news, without waiting.
