@@ -212,6 +212,7 @@ impl HooksError {
                 FabricError::Completion { .. } | FabricError::Disconnected | FabricError::Event { .. } => {
                     Blame::Network
                 }
+                FabricError::NotAuthentic { .. } => Blame::Peer,
                 _ => Blame::Local,
             },
             Self::OutOfOrder(_) => Blame::Local,

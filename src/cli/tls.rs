@@ -12,7 +12,8 @@ use super::output::note;
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct SourceTlsArgs {
     /// Encrypt all connections by TLS with the certificates in this folder, laid out as QEMU's tls-creds-x509: ca-cert.pem,
-    /// client-cert.pem, client-key.pem, and ca-crl.pem if there is one. tcp: and unix: only
+    /// client-cert.pem, client-key.pem, and ca-crl.pem if there is one. For tcp:, unix: and rdma:. By rdma:, to another
+    /// ramwire only, the pages themselves are not encrypted
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<PathBuf>,
     /// With --tls-dir: the host name or address that the destination's certificate must be for, if not that of the URI
@@ -35,7 +36,7 @@ impl SourceTlsArgs {
         let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls)?) };
         let mut options = TlsOptions::in_dir(dir);
         options.hostname = self.tls_hostname.clone();
-        Ok(address.clone().with_tls(Tls::of_source(&options)?))
+        Ok(encrypted(address.clone().with_tls(Tls::of_source(&options)?), self.require_tls)?)
     }
 }
 
@@ -43,7 +44,8 @@ impl SourceTlsArgs {
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct DestinationTlsArgs {
     /// Accept only connections that are encrypted by TLS, with the certificates in this folder, laid out as QEMU's
-    /// tls-creds-x509: ca-cert.pem, server-cert.pem, server-key.pem, and ca-crl.pem if there is one. tcp: and unix: only
+    /// tls-creds-x509: ca-cert.pem, server-cert.pem, server-key.pem, and ca-crl.pem if there is one. For tcp:, unix: and
+    /// rdma:. By rdma:, from another ramwire only, the pages themselves are not encrypted
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<PathBuf>,
     /// With --tls-dir: accept sources without a certificate (QEMU: verify-peer=off)
@@ -65,7 +67,7 @@ impl DestinationTlsArgs {
         let mut options = TlsOptions::in_dir(dir);
         options.verify_peer = !self.tls_any_peer;
         options.clients.clone_from(&self.tls_authz);
-        Ok(address.clone().with_tls(Tls::of_destination(&options)?))
+        Ok(encrypted(address.clone().with_tls(Tls::of_destination(&options)?), self.require_tls)?)
     }
 }
 
@@ -89,8 +91,8 @@ impl OwnTlsArgs {
     pub(super) fn of_source(&self, address: Address) -> Result<Address, Box<dyn std::error::Error>> {
         let Some(dir) = &self.tls_dir else { return Ok(address) };
         let mut options = TlsOptions::in_dir(dir);
-        // A UNIX socket has no host.
-        options.hostname = address.path().map(|_| "localhost".to_owned());
+        // A UNIX socket has no host, and an RDMA device has another address than the certificate.
+        options.hostname = (address.scheme() != "tcp").then(|| "localhost".to_owned());
         Ok(address.with_tls(Tls::of_source(&options)?))
     }
 
@@ -124,9 +126,30 @@ fn plain(address: &Address, require_tls: bool) -> Result<Address, Usage> {
     Ok(address.clone())
 }
 
+/// The address with TLS, unless this does not encrypt RAM and is refused.
+fn encrypted(address: Address, require_tls: bool) -> Result<Address, Usage> {
+    if require_tls && address.scheme() == "rdma" {
+        return Err(Usage(format!(
+            "{address}: by RDMA the pages of guest RAM travel unencrypted even with TLS, and --require-tls is given; give a \
+             tcp: or unix: address"
+        )));
+    }
+    Ok(address)
+}
+
 /// Warns once that data sent to this address can be read on the network.
 pub(super) fn warn_if_unencrypted(command: &str, address: &Address, remedy: &str) {
-    if address.is_in_clear() {
-        note!("ramwire {command}: {address}: guest RAM travels unencrypted and unauthenticated; {remedy}");
+    if !address.is_in_clear() {
+        return;
+    }
+    match address.tls() {
+        None => {
+            note!("ramwire {command}: {address}: guest RAM travels unencrypted and unauthenticated; {remedy}")
+        }
+        Some(_) => {
+            note!(
+                "ramwire {command}: {address}: by RDMA the pages of guest RAM travel unencrypted, and only they"
+            );
+        }
     }
 }

@@ -9,6 +9,8 @@ mod common;
 mod auto;
 mod relay;
 mod stopped;
+#[cfg(feature = "tls")]
+mod tls;
 
 use std::path::Path;
 use std::process::Command;

@@ -117,6 +117,12 @@ pub enum FabricError {
     /// The peer's end is gone, or it ended the connection.
     #[error("the peer disconnected; its log says why")]
     Disconnected,
+    /// A fabric that knows its peer got something that is not of that peer. The fabrics of this crate know none.
+    #[error("{what} is not of the expected peer, or was changed or repeated in the network")]
+    NotAuthentic {
+        /// What came.
+        what: &'static str,
+    },
     /// The device went away.
     #[error("the RDMA device was removed")]
     DeviceRemoved,

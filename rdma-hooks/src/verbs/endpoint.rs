@@ -24,8 +24,10 @@ use crate::region::HostRegion;
 
 /// Marks the ids of receive requests.
 const RECEIVE: u64 = 1 << 63;
+/// Room in a send buffer for what a fabric around this one adds to a message when it encrypts.
+const TAG_BYTES: usize = 16;
 /// Bytes of a send buffer: a full piece of the stream. Longer messages (large block tables) get one of their own.
-const SEND_BYTES: usize = STREAM_PAYLOAD_BYTES + HEADER_BYTES;
+const SEND_BYTES: usize = STREAM_PAYLOAD_BYTES + HEADER_BYTES + TAG_BYTES;
 /// Send buffers: one more than the maximum number outstanding, for a final ERROR.
 const SEND_SLOTS: usize = SENDS_OUT + 1;
 

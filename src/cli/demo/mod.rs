@@ -320,9 +320,6 @@ impl Args {
                 "--link-rate holds back a TCP connection: give --transport tcp as well".into(),
             ));
         }
-        if self.tls.is_given() && self.transport == Transport::Rdma {
-            return Err(Usage("--tls-dir encrypts a byte stream: give --transport tcp or unix".into()));
-        }
         let (way, is_rdma) = match self.transport {
             Transport::Tcp => ("--transport tcp", false),
             Transport::Unix => ("--transport unix", false),

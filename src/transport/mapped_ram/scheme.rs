@@ -4,7 +4,7 @@ use super::{create, open};
 use crate::stream::qemu::page_compression::PageCompression;
 use crate::sys::Stop;
 use crate::transport::open::candidates::Candidates;
-use crate::transport::open::{Endpoint, Opening, Scheme, SchemeAbilities, no_stream, parse_mapped};
+use crate::transport::open::{Endpoint, Opening, Scheme, SchemeAbilities, TlsCover, no_stream, parse_mapped};
 use crate::transport::{
     Address, ChannelOptions, ChosenTransport, ConnectionOptions, DestinationConnection, OpenError,
     SourceConnection, StreamChannel, StreamOptions,
@@ -20,6 +20,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         page_channels: true,
         pages_in_stream: false,
         answers: false,
+        tls: TlsCover::Nothing,
         decides_late: false,
     },
     open: write,

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use super::auto;
-use super::scheme::{Scheme, forms, rdma_scheme};
+use super::scheme::{Scheme, TlsCover, forms, rdma_scheme};
 use crate::transport::Tls;
 use crate::transport::stream::{tcp, unix};
 
@@ -108,16 +108,16 @@ impl Address {
         self.scheme.abilities.decides_late
     }
 
-    /// True if RAM would be sent over a network unencrypted and unauthenticated: to a host other than this one, without
-    /// TLS. A name counts as another host, unless it is `localhost`. For a descriptor or a command it is unknown:
-    /// false.
+    /// True if RAM would be sent over a network unencrypted: to a host other than this one, without TLS or by RDMA, whose
+    /// pages TLS does not encrypt. A name counts as another host, unless it is `localhost`. For a descriptor or a command it
+    /// is unknown: false.
     pub fn is_in_clear(&self) -> bool {
         let Some((host, _)) = self.host_and_port() else { return false };
         let loopback = match host.parse::<std::net::IpAddr>() {
             Ok(address) => address.to_canonical().is_loopback(),
             Err(_) => host.is_empty() || host == "localhost",
         };
-        !loopback && self.tls.is_none()
+        !loopback && (self.tls.is_none() || self.scheme.abilities.tls != TlsCover::Everything)
     }
 
     /// Host and port, if the address has them.

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::candidates::{Candidates, MAIN};
-use super::scheme::{Endpoint, Opening, Scheme, SchemeAbilities, no_stream, rdma_scheme};
+use super::scheme::{Endpoint, Opening, Scheme, SchemeAbilities, TlsCover, no_stream, rdma_scheme};
 use super::{DECISION_TIMEOUT, obstacle, parse_host, rdma_address};
 #[cfg(feature = "rdma")]
 use crate::error::Chain;
@@ -36,6 +36,7 @@ pub(super) static SCHEME: Scheme = Scheme {
         page_channels: false,
         pages_in_stream: true,
         answers: true,
+        tls: TlsCover::Nothing,
         decides_late: true,
     },
     open,

@@ -33,6 +33,8 @@ const TLS_HANDSHAKE: u8 = 22;
 
 /// First words of a main channel.
 pub(crate) const MAIN: [u32; 1] = [file::MAGIC];
+/// First word of a source that moves pages by RDMA, on its TLS connection.
+pub(crate) const QUEUE_PAIRS: [u32; 1] = [u32::from_be_bytes(*b"RWQ1")];
 /// First words of a main channel and of a page channel.
 pub(crate) const MAIN_AND_PAGES: [u32; 2] = [file::MAGIC, multifd::MAGIC];
 
@@ -162,7 +164,7 @@ impl Candidates {
                     true => "it has not finished its TLS handshake",
                     false => "it has not sent its first bytes",
                 };
-                self.dismiss(&oldest.channel, why);
+                self.dismiss(oldest.channel.peer(), why);
             }
             let silent: Vec<_> = self.waiting.iter().filter(|candidate| !candidate.begun).collect();
             let due = self.waiting.front().map(|oldest| silence_limit.saturating_sub(oldest.since.elapsed()));
@@ -178,10 +180,10 @@ impl Candidates {
     }
 
     /// Reports why a connection is closed, before it is closed.
-    fn dismiss(&mut self, channel: &StreamChannel, why: &str) {
+    pub(in crate::transport) fn dismiss(&mut self, peer: &str, why: &str) {
         self.told = self.told.saturating_add(1);
         let text = match self.told {
-            0..=TOLD => format!("closed a connection from {}: {why}; still listening", channel.peer()),
+            0..=TOLD => format!("closed a connection from {peer}: {why}; still listening"),
             TOLD_LAST => format!("{TOLD} connections were not from a source; further ones are not reported"),
             _ => return,
         };
@@ -203,7 +205,7 @@ impl Candidates {
                 }
                 Verdict::Stranger(why) => {
                     if let Some(candidate) = self.waiting.remove(at) {
-                        self.dismiss(&candidate.channel, &why);
+                        self.dismiss(candidate.channel.peer(), &why);
                     }
                 }
             }
@@ -218,6 +220,12 @@ fn judge(channel: &StreamChannel, wanted: &[u32]) -> Verdict {
     match channel.peek(&mut word) {
         Ok(0) => Verdict::Stranger("it closed without a byte".into()),
         Ok(4) if fits(&word) => Verdict::Wanted,
+        Ok(4) if word == QUEUE_PAIRS[0].to_be_bytes() => {
+            Verdict::Stranger("it is of a source by rdma:, and this end does not listen for RDMA".into())
+        }
+        Ok(4) if wanted == QUEUE_PAIRS && word == MAIN[0].to_be_bytes() => {
+            Verdict::Stranger("it is of a source by tcp:, and this end listens for RDMA".into())
+        }
         Ok(4) if word == multifd::MAGIC.to_be_bytes() => {
             Verdict::Stranger("it is a page channel, and this end expects none (multifd)".into())
         }

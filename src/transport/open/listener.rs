@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::allow::Refused;
 use super::candidates::{self, Candidates, Listening, MAIN, MAIN_AND_PAGES, TellFn};
-use super::scheme::Endpoint;
+use super::scheme::{Endpoint, TlsCover};
 use super::source::check_tls;
 use super::{Address, AllowList, ConnectionOptions, OpenError, Target};
 use crate::error::Remedy;
@@ -58,10 +58,19 @@ impl Listener {
     /// A warning for the operator before a guest arrives by this transport.
     pub fn warning(&self) -> Option<String> {
         let address = self.address();
-        let plain = self.endpoint.is_open_to_network() && address.tls().is_none();
-        plain.then(|| {
-            format!("{address}: guest RAM travels unencrypted and unauthenticated; {}", Remedy::AllowPeers)
-        })
+        if !self.endpoint.is_open_to_network() {
+            return None;
+        }
+        match (address.tls(), address.row().abilities.tls) {
+            (None, _) => Some(format!(
+                "{address}: guest RAM travels unencrypted and unauthenticated; {}",
+                Remedy::AllowPeers
+            )),
+            (Some(_), TlsCover::AllButPages) => {
+                Some(format!("{address}: by RDMA the pages of guest RAM travel unencrypted, and only they"))
+            }
+            (Some(_), _) => None,
+        }
     }
 
     /// Makes it call `tell` for each connection that was closed because it does not begin like a migration, and for each

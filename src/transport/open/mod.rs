@@ -30,7 +30,7 @@ pub(super) use listener::{OneStream, Sockets};
 pub use obstacle::{DECISION_TIMEOUT, Obstacle};
 pub use options::{ConnectionOptions, RdmaOptions};
 pub(super) use retry::retry_until_listening;
-pub(super) use scheme::{Endpoint, Opening, Scheme, SchemeAbilities, no_stream};
+pub(super) use scheme::{Endpoint, Opening, Scheme, SchemeAbilities, TlsCover, no_stream};
 pub(super) use source::open_stream;
 pub use source::{connect, open_source};
 

@@ -1,7 +1,7 @@
 //! `rdma:` in a program that was built without it: the address can be parsed but not opened.
 
 use super::address::parse_rdma_host;
-use super::scheme::{Scheme, SchemeAbilities, no_stream};
+use super::scheme::{Scheme, SchemeAbilities, TlsCover, no_stream};
 use super::{Address, OpenError, WhyNoRdma};
 
 pub(in crate::transport) static SCHEME: Scheme = Scheme {
@@ -13,6 +13,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         page_channels: false,
         pages_in_stream: false,
         answers: true,
+        tls: TlsCover::AllButPages,
         decides_late: false,
     },
     open: |opening| Err(not_built(opening.address)),

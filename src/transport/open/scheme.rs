@@ -62,8 +62,22 @@ pub(in crate::transport) struct SchemeAbilities {
     pub(in crate::transport) pages_in_stream: bool,
     /// The other end answers, or may: not a file, nor a command.
     pub(in crate::transport) answers: bool,
+    /// What TLS can encrypt.
+    pub(in crate::transport) tls: TlsCover,
     /// The transport is chosen when the address is opened.
     pub(in crate::transport) decides_late: bool,
+}
+
+/// What TLS encrypts of a scheme's connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::transport) enum TlsCover {
+    /// They can't use it.
+    #[default]
+    Nothing,
+    /// A device moves the pages as they are; all messages are encrypted, and both ends know each other.
+    AllButPages,
+    /// All bytes.
+    Everything,
 }
 
 /// The connection to open.

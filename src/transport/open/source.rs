@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::scheme::Opening;
+use super::scheme::{Opening, TlsCover};
 use super::{Address, ConnectionOptions, OpenError, retry};
 use crate::error::Remedy;
 use crate::guest::GuestMemory;
@@ -76,7 +76,7 @@ fn dial(address: &Address, options: &StreamOptions, stop: &Stop) -> Result<Strea
 /// TLS is only possible for connections that are made here.
 pub(super) fn check_tls(address: &Address) -> Result<(), OpenError> {
     match address.tls() {
-        Some(_) if !address.row().abilities.page_channels => {
+        Some(_) if address.row().abilities.tls == TlsCover::Nothing => {
             Err(OpenError::NoTls { address: address.to_string() })
         }
         _ => Ok(()),

@@ -12,7 +12,7 @@ use crate::sys::{RecvPart, Stop};
 use crate::transport::{ByteSource as _, ChannelError, StreamChannel};
 
 /// Fills all of `into`; `false` if the peer has closed before its first byte.
-fn fill(
+pub(super) fn fill(
     channel: &mut StreamChannel,
     into: &mut [u8],
     doing: &'static str,

@@ -90,8 +90,33 @@ impl RdmaListener {
         rdma: &RdmaOptions,
         stop: &Stop,
     ) -> Result<DestinationConnection, ChannelError> {
-        let mut end = End { fabric: Arc::clone(&self.fabric), peer: self.address.to_string(), stall: None };
-        let allow = self.allow.clone();
+        let (listener, accepting) = self.parts();
+        accepting.accept(listener, options, rdma, stop)
+    }
+
+    /// The listener, and what else an accept needs: for an accept by a listener around this one.
+    pub(super) fn parts(&mut self) -> (&mut dyn Listener, Accepting) {
+        let end = End { fabric: Arc::clone(&self.fabric), peer: self.address.to_string(), stall: None };
+        (&mut *self.listener, Accepting { end, allow: self.allow.clone() })
+    }
+}
+
+/// What an accept needs besides a listener.
+pub(super) struct Accepting {
+    end: End,
+    allow: AllowList,
+}
+
+impl Accepting {
+    /// See [`RdmaListener::accept`].
+    pub(super) fn accept(
+        self,
+        listener: &mut dyn Listener,
+        options: &StreamOptions,
+        rdma: &RdmaOptions,
+        stop: &Stop,
+    ) -> Result<DestinationConnection, ChannelError> {
+        let Self { mut end, allow } = self;
         let config = DestinationConfig {
             data_queues: MAX_DATA_QUEUES,
             // With one credit at a time the source has to wait for the next one, which it gets when the destination
@@ -102,10 +127,10 @@ impl RdmaListener {
             admit: Some(Arc::new(move |peer| allow.admits(peer.ip()))),
         };
         let bounds = end.stall_bounds(stop);
-        let accepted = DestinationHooks::accept(&mut *self.listener, &config, &bounds.hooks);
+        let accepted = DestinationHooks::accept(listener, &config, &bounds.hooks);
         let mut hooks = accepted.map_err(|error| bounds.error(ACCEPTING, error))?;
         end.stall = options.stall;
-        let (writer, ahead) = self.await_return_path(&mut hooks, &end, stop)?;
+        let (writer, ahead) = Self::await_return_path(listener, &mut hooks, &end, stop)?;
         let back = writer.map(|writer| RdmaReturnSink { writer: Some(writer), end: end.clone(), sent: 0 });
         let source = RdmaDestination {
             hooks: Some(hooks),
@@ -121,13 +146,12 @@ impl RdmaListener {
     }
 
     fn await_return_path(
-        &mut self,
+        listener: &mut dyn Listener,
         hooks: &mut DestinationHooks,
         end: &End,
         stop: &Stop,
     ) -> Result<(Option<ReturnWriter>, Vec<u8>), ChannelError> {
         let granted = *hooks.granted();
-        let listener = &mut *self.listener;
         if granted.extension.is_some() {
             let bounds = end.bounds_of(stop, Some(RETURN_PATH_TIMEOUT));
             let writer = ReturnWriter::accept(listener, &granted, &bounds.hooks);

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use rdma_hooks::verbs::{VerbsFabric, first_address, memory_lock};
 use rdma_hooks::{Fabric, FabricError};
 
+#[cfg(feature = "tls")]
+use super::secured;
 use super::{RdmaListener, connect_over};
 use crate::sys::Stop;
 use crate::transport::open::candidates::Candidates;
-use crate::transport::open::{Endpoint, Scheme, SchemeAbilities, no_stream, parse_rdma_host};
+use crate::transport::open::{Endpoint, Scheme, SchemeAbilities, TlsCover, no_stream, parse_rdma_host};
 use crate::transport::{
     Address, AllowList, ConnectionOptions, DestinationConnection, OpenError, StreamChannel, StreamOptions,
     WhyNoRdma,
@@ -24,6 +26,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         page_channels: false,
         pages_in_stream: false,
         answers: true,
+        tls: TlsCover::AllButPages,
         decides_late: false,
     },
     open: |opening| {
@@ -34,12 +37,22 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         }
         let (host, port) = address.host();
         let fabric = fabric(address)?;
+        #[cfg(feature = "tls")]
+        let fabric = match address.tls() {
+            Some(tls) => secured::beside(fabric, address, tls, &opening.options.stream, opening.stop)?,
+            None => fabric,
+        };
         let memory = Arc::clone(opening.memory);
         Ok(connect_over(fabric, host, port, memory, &opening.options.stream, rdma, opening.stop)?)
     },
     connect: no_stream,
-    listen: |address, allow, _| {
+    listen: |address, allow, _stop| {
         let (host, port) = address.host();
+        #[cfg(feature = "tls")]
+        if let Some(tls) = address.tls() {
+            let bind = |port| RdmaListener::bind_here(host, port, allow.clone());
+            return Ok(Box::new(secured::SecuredRdma::bind(address, tls, allow.clone(), _stop, bind)?));
+        }
         Ok(Box::new(RdmaListener::bind_here(host, port, allow)?))
     },
 };

@@ -19,6 +19,8 @@
 
 mod destination;
 mod here;
+#[cfg(feature = "tls")]
+mod secured;
 #[cfg(test)]
 mod simulated;
 mod source;
@@ -36,6 +38,8 @@ pub(super) use here::SCHEME;
 pub use here::usable_address;
 #[cfg(test)]
 pub(super) use simulated::simulated;
+#[cfg(all(test, feature = "tls"))]
+pub(super) use simulated::simulated_with_tls;
 pub use source::{RdmaLink, RdmaReturnSource, connect_over};
 
 /// Messages that two ramwires may have in flight at a time.

@@ -20,7 +20,7 @@ use rustix::process::{
 
 use super::opened;
 use crate::sys::{Lock as _, Stop, StopReason};
-use crate::transport::open::{OneStream, Scheme, SchemeAbilities, open_stream, parse_command};
+use crate::transport::open::{OneStream, Scheme, SchemeAbilities, TlsCover, open_stream, parse_command};
 use crate::transport::{ChannelError, StreamChannel, StreamOptions};
 
 const DOING: &str = "waiting for the command to end";
@@ -37,6 +37,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         page_channels: false,
         pages_in_stream: true,
         answers: false,
+        tls: TlsCover::Nothing,
         decides_late: false,
     },
     open: open_stream,

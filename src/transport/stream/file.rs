@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::opened;
-use crate::transport::open::{OneStream, Scheme, SchemeAbilities, open_stream, parse_file};
+use crate::transport::open::{OneStream, Scheme, SchemeAbilities, TlsCover, open_stream, parse_file};
 use crate::transport::{StreamChannel, StreamOptions};
 
 pub(in crate::transport) static SCHEME: Scheme = Scheme {
@@ -18,6 +18,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         page_channels: false,
         pages_in_stream: true,
         answers: false,
+        tls: TlsCover::Nothing,
         decides_late: false,
     },
     open: open_stream,

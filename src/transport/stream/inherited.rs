@@ -10,7 +10,7 @@ use super::tcp::{TcpListener, host_of};
 use super::unix::UnixListener;
 use crate::sys::{duplicate, take_inherited_fd};
 use crate::transport::open::{
-    Endpoint, Listening, OneStream, Scheme, SchemeAbilities, Sockets, open_stream, parse_descriptor,
+    Endpoint, Listening, OneStream, Scheme, SchemeAbilities, Sockets, TlsCover, open_stream, parse_descriptor,
 };
 use crate::transport::{Address, AllowList, OpenError, StreamChannel, StreamOptions};
 
@@ -23,6 +23,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         page_channels: false,
         pages_in_stream: true,
         answers: true,
+        tls: TlsCover::Nothing,
         decides_late: false,
     },
     open: open_stream,

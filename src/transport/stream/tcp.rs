@@ -11,7 +11,9 @@ use rustix::event::PollFlags;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::sys::{Stop, StopReason};
-use crate::transport::open::{Listening, Scheme, SchemeAbilities, Sockets, open_stream, parse_host};
+use crate::transport::open::{
+    Listening, Scheme, SchemeAbilities, Sockets, TlsCover, open_stream, parse_host,
+};
 use crate::transport::{Address, AllowList, ChannelError, OpenError, StreamChannel, StreamOptions};
 
 pub(in crate::transport) static SCHEME: Scheme = Scheme {
@@ -23,6 +25,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         page_channels: true,
         pages_in_stream: true,
         answers: true,
+        tls: TlsCover::Everything,
         decides_late: false,
     },
     open: open_stream,

@@ -10,7 +10,9 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::tcp::is_gone;
 use crate::sys::Stop;
-use crate::transport::open::{Listening, Scheme, SchemeAbilities, Sockets, open_stream, parse_path};
+use crate::transport::open::{
+    Listening, Scheme, SchemeAbilities, Sockets, TlsCover, open_stream, parse_path,
+};
 use crate::transport::{ChannelError, OpenError, StreamChannel, StreamOptions};
 
 pub(in crate::transport) static SCHEME: Scheme = Scheme {
@@ -22,6 +24,7 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         page_channels: true,
         pages_in_stream: true,
         answers: true,
+        tls: TlsCover::Everything,
         decides_late: false,
     },
     open: open_stream,

@@ -136,6 +136,15 @@ pub(super) const KINDS: &[Kind] = &[
         peer: &["rdma:"],
         make: |m| crate::transport::rdma::simulated(m, 4),
     },
+    #[cfg(all(feature = "rdma", feature = "tls"))]
+    Kind {
+        name: "rdma, three queue pairs, TLS",
+        scheme: "rdma",
+        both_at_once: true,
+        keeps_rounds: true,
+        peer: &["rdma:"],
+        make: |m| crate::transport::rdma::simulated_with_tls(m, 3),
+    },
 ];
 
 fn options(channels: u8) -> ConnectionOptions {
