@@ -10,7 +10,8 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::DescriptorEncoder;
 use prometheus_client::registry::Unit;
 use ramwire::error::Chain;
-use ramwire::session::Spawner;
+use ramwire::observe::SharedStatistics;
+use ramwire::session::{CancelReply, Spawner};
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::{
     Address, AllowList, Listener, OpenError, PageServer, ServedPages, StreamChannel, StreamOptions,
@@ -21,6 +22,7 @@ use super::common::{Usage, failed, human_bytes};
 use super::metrics::{MetricsArgs, Out, encoded};
 use super::output::{Repeated, note};
 use super::pager::Stored;
+use super::qmp::{Plan, QmpArgs, Role, Subject};
 use super::remedies::in_words;
 use super::service;
 use super::signals::cancel_on_signal;
@@ -60,6 +62,8 @@ pub(super) struct Args {
     max_clients: u16,
     #[command(flatten)]
     metrics: MetricsArgs,
+    #[command(flatten)]
+    qmp: QmpArgs,
     #[command(flatten)]
     tls: DestinationTlsArgs,
 }
@@ -176,6 +180,13 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let (of, by) = (Arc::clone(&clients), server.clone());
     let figures = Box::new(move || encoded(Box::new(Figures::of(&of, &by))));
     let _metrics = args.metrics.serve_text("serve", figures)?;
+    let quits = cancel.clone();
+    let ends = move || {
+        quits.cancel();
+        CancelReply::Accepted
+    };
+    let subject = Subject::new(Role::Server, SharedStatistics::default(), Plan::default(), ends);
+    let _monitor = args.qmp.serve("serve", &Arc::new(subject))?;
     for address in listener.addresses() {
         note!("listening on {address}");
     }

@@ -7,6 +7,7 @@ mod common;
 mod ctl;
 mod page;
 mod send;
+mod serve;
 mod strangers;
 mod typed;
 

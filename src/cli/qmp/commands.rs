@@ -27,7 +27,8 @@ pub(super) struct Command {
 /// What a row does.
 type Run = fn(&Subject, &Arguments) -> Result<Value, Failure>;
 
-const EVERYWHERE: &[Role] = &[Role::Source, Role::Destination, Role::Relay];
+const EVERYWHERE: &[Role] = &[Role::Source, Role::Destination, Role::Relay, Role::Server];
+const MIGRATES: &[Role] = &[Role::Source, Role::Destination, Role::Relay];
 const SENDS: &[Role] = &[Role::Source, Role::Relay];
 const SOURCE: &[Role] = &[Role::Source];
 
@@ -88,7 +89,7 @@ static COMMANDS: &[Command] = &[
         set_capabilities,
     ),
     command("migrate", SOURCE, MIGRATE, migrate),
-    command("migrate_cancel", EVERYWHERE, &[], |subject, _| done(subject.cancel())),
+    command("migrate_cancel", MIGRATES, &[], |subject, _| done(subject.cancel())),
     command("migrate-continue", SOURCE, &[Member::needed("state", Kind::OneOf(STATES))], migrate_continue),
     command("migrate-start-postcopy", SOURCE, &[], |subject, _| done(subject.ask(Control::start_postcopy))),
     urgent("migrate-pause", SOURCE, &[], |subject, _| done(subject.ask(Control::pause))),
@@ -145,7 +146,7 @@ fn query_status(subject: &Subject) -> Value {
     let status = match subject.role() {
         Role::Source | Role::Relay if gone => "postmigrate",
         Role::Destination if !gone => "inmigrate",
-        Role::Source | Role::Destination => "paused",
+        Role::Source | Role::Destination | Role::Server => "paused",
         Role::Relay => "inmigrate",
     };
     json!({"status": status, "running": false})

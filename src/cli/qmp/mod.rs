@@ -66,8 +66,9 @@ impl QmpArgs {
         let listener = Listener::at(place).map_err(failed)?;
         if listener.is_open_to_the_network() {
             note!(
-                "ramwire {command}: any client that can connect to {} may cancel this migration",
-                listener.place()
+                "ramwire {command}: any client that can connect to {} may {}",
+                listener.place(),
+                if subject.role() == Role::Server { "end this process" } else { "cancel this migration" }
             );
         }
         note!("ramwire {command}: QMP at {}", listener.place());

@@ -23,6 +23,8 @@ pub(in crate::cli) enum Role {
     Destination,
     /// Takes one that runs elsewhere, and sends it on.
     Relay,
+    /// Serves memory to others: nothing is migrated.
+    Server,
 }
 
 impl Role {
@@ -34,6 +36,7 @@ impl Role {
             Self::Relay => {
                 "at a relay: its own options decide it when it starts, and the guest's source the rest"
             }
+            Self::Server => "here: nothing is migrated",
         }
     }
 }
