@@ -1,5 +1,6 @@
 //! The demo's other end: a process of its own that takes the guest, runs it, and lets it check itself.
 
+use std::cell::Cell;
 use std::io::{self, BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -176,8 +177,12 @@ impl Drop for Process {
 
 /// Runs the hidden command.
 pub(in crate::cli) fn run(args: &Args) -> Exit {
-    let verdict = receive(args).unwrap_or_else(|error| {
-        complain("demo (destination)", &*error);
+    let listens = Cell::new(false);
+    let verdict = receive(args, &listens).unwrap_or_else(|error| {
+        // Until then the demo waits for the address, and prints what it gets instead.
+        if listens.get() {
+            complain("demo (destination)", &*error);
+        }
         Verdict { error: Some(in_words(&*error)), ..Verdict::default() }
     });
     let verified = verdict.verified;
@@ -221,7 +226,8 @@ fn arriving(memory: impl MemoryProvider + 'static, guest: &dyn DemoGuest) -> Des
     DestinationGuest { memory: Box::new(memory), control: guest.control() }
 }
 
-fn receive(args: &Args) -> Result<Verdict, Failure> {
+/// `listens` is set once it has printed its address.
+fn receive(args: &Args, listens: &Cell<bool>) -> Result<Verdict, Failure> {
     let memory = Arc::new(BlockSpec::memory(&args.block, args.huge_pages)?);
     if args.populate {
         for index in 0..args.block.len() as u32 {
@@ -242,6 +248,7 @@ fn receive(args: &Args) -> Result<Verdict, Failure> {
     let scratch = args.uri.path().map(Scratch::make).transpose()?;
     let mut listener = Listener::bind(&args.tls.of_destination(&args.uri)?, AllowList::default(), &stop)?;
     result_line!("{}", listener.address());
+    listens.set(true);
     let stop_waiting = stop.within(Duration::from_secs(60));
     let mut settings = DestinationSettings::default();
     settings.postcopy = args.postcopy;
