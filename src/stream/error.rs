@@ -315,6 +315,16 @@ pub enum Fault {
     /// A multifd packet or channel that breaks the rules.
     #[error("multifd: {0}")]
     Multifd(&'static str),
+    /// The pages of a multifd packet are compressed in another way than this end expects.
+    #[error(
+        "multifd: the source compresses pages by {theirs}, and this end expects {ours}: set multifd-compression alike"
+    )]
+    OtherCompression {
+        /// As in the packet.
+        theirs: &'static str,
+        /// As configured here.
+        ours: &'static str,
+    },
 }
 
 impl From<super::xbzrle::XbzrleFault> for Fault {

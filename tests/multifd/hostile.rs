@@ -135,7 +135,7 @@ fn s38_s40_s43_s48_s50_hostile_channels_are_refused_with_the_reason() {
         ("a payload of another length",    |c| { let at = first_pages(&c.channels[0]); c.channels[0][at + 20] = 0x7f; },  "not the length of its pages"),
         ("no block name",                  |c| { let at = first_pages(&c.channels[0]); c.channels[0][at + 64..at + 320].fill(0); },    "block name"),
         ("a block name without an end",    |c| { let at = first_pages(&c.channels[0]); c.channels[0][at + 64..at + 320].fill(b'a'); }, "aaaaaaaa"),
-        ("a compressed packet",            |c| { let at = first_pages(&c.channels[0]); c.channels[0][at + 11] = 2; },     "multifd-compression"),
+        ("a compressed packet",            |c| { let at = first_pages(&c.channels[0]); c.channels[0][at + 11] = 2; },     "by zlib, and this end expects none: set multifd-compression"),
         ("device state",                   |c| { let at = first_pages(&c.channels[0]); c.channels[0][at + 11] = 0x40; },  "device state"),
         ("pages before the first barrier", |c| { let at = first_pages(&c.channels[0]); c.channels[0].drain(64..at); },    "before the first barrier"),
         ("cut inside a packet",            |c| { let at = first_pages(&c.channels[0]); c.channels[0].truncate(at + 700); }, "closed the connection"),

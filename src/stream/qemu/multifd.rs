@@ -59,6 +59,19 @@ impl Method {
     }
 }
 
+/// QEMU's name (MultiFDCompression) of what a packet's flags say.
+fn method_name(bits: u32) -> &'static str {
+    match bits {
+        0x00 => "none",
+        0x02 => "zlib",
+        0x04 => "zstd",
+        0x08 => "qpl",
+        0x10 => "uadk",
+        0x20 => "qatzip",
+        _ => "an unknown method",
+    }
+}
+
 /// The initial packet of a channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Init {
@@ -163,8 +176,8 @@ impl<'a> Pages<'a> {
 ///
 /// # Errors
 ///
-/// [`Fault::Multifd`] for every violation of the format, including device-state packets; [`Fault::Limit`] for a payload
-/// above [`MAX_COMPRESSED`]; [`DecodeError::Truncated`].
+/// [`Fault::Multifd`] for every violation of the format, including device-state packets; [`Fault::OtherCompression`];
+/// [`Fault::Limit`] for a payload above [`MAX_COMPRESSED`]; [`DecodeError::Truncated`].
 pub fn decode_packet(
     input: &[u8],
     page: PageSize,
@@ -194,10 +207,8 @@ pub fn decode_packet(
     let mut packet = Packet { sync: flags & SYNC != 0, number, pages: None };
     if normal + zero > 0 {
         if flags & METHOD != method.bits() {
-            return wrong(
-                8,
-                "the pages are compressed in another way than configured: set multifd-compression alike",
-            );
+            let (theirs, ours) = (method_name(flags & METHOD), method_name(method.bits()));
+            return Err(DecodeError::corrupt(8, Fault::OtherCompression { theirs, ours }));
         }
         let payload = checked_payload(payload, normal, page, method)?;
         let (offsets, _) = head.get(OFFSETS_AT..).unwrap_or(&[]).as_chunks::<8>();
