@@ -13,8 +13,13 @@ pub(super) fn statistics(now: &Statistics) -> String {
     // Writing to a string does not fail.
     let _ = writeln!(
         out,
-        "{} rounds in {:.0} ms: {} sent at {}/s, {} pages whole, {} zero",
-        now.round_count(),
+        "{} in {:.0} ms: {} sent at {}/s, {} pages whole, {} zero",
+        match now.round_count() {
+            // The guest ran at the destination at once.
+            0 => "no round".to_owned(),
+            1 => "1 round".to_owned(),
+            rounds => format!("{rounds} rounds"),
+        },
         now.total_time,
         human_bytes(now.transferred),
         human_bytes(now.throughput),
