@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::process::Command;
+
 use common::{
     Deadline,
     memory::{Pattern, compare, fill},
@@ -183,6 +185,38 @@ fn a_source_without_a_return_path_is_told_of_and_kept_when_the_far_end_fails() {
     assert!(said.contains("opened no return path"), "{said}");
     assert!(said.contains("ramwire send"), "{said}");
     compare(&ram, &keep.join("ram-000.bin")).unwrap_or_else(|d| panic!("{d:?}"));
+}
+
+#[test]
+fn a_folder_to_keep_the_guest_in_without_room_is_found_while_the_guest_is_at_its_source() {
+    let dir = scratch();
+    let (ram, small) = (dir.path().join("ram"), dir.path().join("small"));
+    fill(&ram, 32, Pattern::Mixed { seed: 5 });
+    std::fs::create_dir(&small).unwrap();
+    let in_small = |command: &[&str]| {
+        let mut shell = Command::new("setpriv");
+        shell.args(["--pdeathsig", "KILL", "unshare", "--mount", "sh", "-c"]);
+        shell.arg("mount -t tmpfs -o size=8M,mode=700 small \"$0\" && exec \"$@\"").arg(&small).args(command);
+        shell
+    };
+    if !in_small(&["true"]).status().is_ok_and(|status| status.success()) {
+        return common::skip("the right to mount a file system");
+    }
+    let socket = dir.path().join("socket");
+    let (listen, errors) = (format!("unix:{}", socket.display()), dir.path().join("relay.err"));
+    let (program, keep) = (env!("CARGO_BIN_EXE_ramwire"), small.to_str().unwrap());
+    let arguments = [program, "relay", "--keep", keep, "--listen", &listen, "--connect", "tcp:127.0.0.1:1"];
+    let mut relay = in_small(&arguments).stderr(std::fs::File::create(&errors).unwrap()).spawn().unwrap();
+    let said = || std::fs::read_to_string(&errors).unwrap();
+    Deadline::seconds(20).poll("the relay listens", said, || socket.exists().then_some(()));
+    let block = format!("m0={}", ram.display());
+    let mut source = Ramwire::start(dir.path(), &["send", &listen, "--ram"], block);
+    let status = Deadline::seconds(30).poll("the relay ends", said, || relay.try_wait().unwrap());
+    let (status, said) = (status.code(), said());
+    let found =
+        said.contains("--keep") && said.contains("32.0 MiB of RAM") && said.contains("8.0 MiB are free");
+    assert!(found && status == Some(3), "{status:?}: {said}");
+    source.failed(Deadline::seconds(20), 3);
 }
 
 /// The far end or the relay itself dies in the middle of a round: the guest continues at its source, intact, and can be

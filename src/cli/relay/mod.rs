@@ -34,7 +34,7 @@ use super::qmp::{Monitor, Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
 use super::service::{self, StatusLine};
 use super::signals::cancel_on_signal;
-use super::store::may_keep;
+use super::store::{has_room, may_keep};
 use super::tls::warn_if_unencrypted;
 use super::watch::{Log, WatchArgs, describe};
 
@@ -184,7 +184,15 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let taken = Arc::clone(&far_way);
     let log = Arc::new(Mutex::new(Log::default()));
     let (begun, far_statistics, settings) = (Arc::clone(&log), statistics.clone(), args.settings());
+    let keep = args.keep.clone();
     let open = move |memory: Arc<dyn GuestMemory>| {
+        // The guest is still its source's.
+        if let Some(dir) = &keep {
+            has_room(dir, memory.table().total()).map_err(|error| Error::Config {
+                what: format!("--keep: {}", in_words(&error)),
+                remedy: Remedy::Advice("free some, or name another folder"),
+            })?;
+        }
         timeouts.tell_retry("relay", &far);
         let connection = open_source(&far, Arc::clone(&memory), &connecting, &far_stop);
         if let Ok(connection) = &connection {

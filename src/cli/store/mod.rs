@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 
 pub use custody::Custody;
 pub use incoming::IncomingGuest;
-pub use stored::{Block, DOUBT_PASSED, Overrides, StoredGuest, keep, may_keep};
+pub use stored::{Block, DOUBT_PASSED, Overrides, StoredGuest, has_room, keep, may_keep};
 
 /// Version of the folder's format that this program writes and reads.
 const FORMAT: u32 = 1;

@@ -18,7 +18,7 @@ use ramwire::units::{BlockIndex, GuestAddr, PageSize};
 
 use super::incoming::nothing;
 use super::kept::Kept;
-use super::ram_file::MAX_KEPT_OPEN;
+use super::ram_file::{MAX_KEPT_OPEN, check_room};
 use super::{Custody, EARLY, IncomingGuest, Manifest, State, Store, StoreError, TAIL, failed, private};
 use crate::cli::remedies::in_words;
 
@@ -214,6 +214,14 @@ impl StoredGuest {
 /// [`StoreError`].
 pub fn may_keep(path: &Path) -> Result<(), StoreError> {
     IncomingGuest::new(Store::open(path)?).map(drop)
+}
+
+/// Checks that a guest with so much RAM could be [kept](keep) at `path`, as far as its file system has room now.
+///
+/// # Errors
+/// [`StoreError::NoRoom`].
+pub fn has_room(path: &Path, ram: u64) -> Result<(), StoreError> {
+    check_room(path, ram, false)
 }
 
 /// Writes a guest that could not be passed on into a folder of its own. `may_run`: on another host, so that it is in
