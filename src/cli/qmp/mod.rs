@@ -11,6 +11,8 @@ mod events;
 mod failure;
 mod framing;
 mod kind;
+#[cfg(test)]
+mod libvirt;
 mod listener;
 mod plan;
 mod server;
