@@ -122,6 +122,15 @@ fn page_channels_go_by_tcp_unless_told_otherwise() {
 
 #[test]
 #[cfg(feature = "tls")]
+fn what_is_wrong_at_the_destination_before_it_listens_is_printed_once() {
+    let dir = scratch();
+    let said = Ramwire::start(dir.path(), &["demo", "--ram", "8M", "--tls-dir"], dir.path())
+        .failed(Deadline::seconds(20), 3);
+    assert_eq!(said.matches("ca-cert.pem").count(), 1, "{said}");
+}
+
+#[test]
+#[cfg(feature = "tls")]
 fn a_guest_moves_encrypted_by_every_way_that_has_it() {
     let dir = scratch();
     let folder =
@@ -133,7 +142,7 @@ fn a_guest_moves_encrypted_by_every_way_that_has_it() {
     assert_eq!(out["transport"], "tcp");
     assert!(out["why"].as_str().unwrap().contains("page channels"), "{}", out["why"]);
     let out = demo(&[]);
-    assert!(out["why"].as_str().unwrap().contains("TLS (--tls-dir) needs a byte stream"), "{}", out["why"]);
+    assert!(out["why"].as_str().unwrap().contains("encrypts pages on a byte stream only"), "{}", out["why"]);
     demo(&["--transport=unix"]);
     let out = demo(&["--postcopy", "--cut=2"]);
     assert!(out["postcopy"]["faults"].as_u64().unwrap() > 0, "{out}");

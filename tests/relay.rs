@@ -214,7 +214,7 @@ fn a_folder_to_keep_the_guest_in_without_room_is_found_while_the_guest_is_at_its
     let status = Deadline::seconds(30).poll("the relay ends", said, || relay.try_wait().unwrap());
     let (status, said) = (status.code(), said());
     let found =
-        said.contains("--keep") && said.contains("32.0 MiB of RAM") && said.contains("8.0 MiB are free");
+        said.contains("--keep") && said.contains("32.00 MiB of RAM") && said.contains("8.00 MiB are free");
     assert!(found && status == Some(3), "{status:?}: {said}");
     source.failed(Deadline::seconds(20), 3);
 }

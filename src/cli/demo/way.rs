@@ -99,7 +99,7 @@ impl Way {
                 tcp(format!("page channels (--channels) need a byte stream, and {FASTER}"))
             }
             Transport::Auto if args.tls.is_given() => {
-                tcp(format!("TLS (--tls-dir) needs a byte stream, and {FASTER}"))
+                tcp(format!("TLS (--tls-dir) encrypts pages on a byte stream only, and {FASTER}"))
             }
             Transport::Auto => {
                 let tried = rdma("both ends have a working RDMA device", Some(DECISION_TIMEOUT));

@@ -9,16 +9,16 @@ use rdma_hooks::{Cancel, Fabric, FabricError};
 
 use super::fabric::{SecuredFabric, SecuredListener};
 use super::keys::{COVERED_BYTES, Secret};
-use super::{SecuredRdma, ask, beside};
+use super::{QUEUE_PAIRS_TIMEOUT, SecuredRdma, ask, beside};
 use crate::guest::{GuestMemory, MappedGuest};
 use crate::ram::{BlockName, RamBlock};
-use crate::sys::{Mapping, RecvPart, SendPart, Stop};
+use crate::sys::{CancelToken, Mapping, RecvPart, SendPart, Stop};
 use crate::transport::open::Endpoint;
 use crate::transport::open::candidates::Candidates;
 use crate::transport::rdma::{RdmaListener, connect_over};
 use crate::transport::{
-    Address, AllowList, ByteSink, ConnectionOptions, OpenError, SourceConnection, StreamOptions, Tls,
-    TlsOptions, connect,
+    Address, AllowList, ByteSink, ChannelError, ConnectionOptions, OpenError, SourceConnection,
+    StreamOptions, Tls, TlsOptions, connect,
 };
 use crate::units::PageSize;
 use certificates::Authority;
@@ -140,6 +140,34 @@ fn who_comes_without_tls_is_rejected_and_the_next_source_is_taken() {
     let told = told.lock().unwrap().join("\n");
     assert!(told.contains("asks for a queue pair without TLS"), "{told}");
     assert!(told.contains("of a source by tcp:"), "{told}");
+}
+
+#[test]
+fn a_source_that_connects_no_queue_pair_is_waited_for_half_a_minute() {
+    let (sim, _part) = one_thread();
+    let (mut listener, to) = listening(Arc::new(sim.fabric(Host::B)));
+    let cancel = CancelToken::default();
+    let (told, tells) = (Arc::new(Mutex::new(String::new())), cancel.clone());
+    let mut candidates = Candidates::default();
+    let writes = Arc::clone(&told);
+    candidates.tell(Arc::new(move |text: &str| {
+        text.clone_into(&mut writes.lock().unwrap());
+        tells.cancel();
+    }));
+    let options = ConnectionOptions::default();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let (host, port) = to.host();
+            let tcp = Address::tcp(host, port).with_tls(to.tls().unwrap().clone());
+            let mut channel = connect(&tcp, &options.stream, &Stop::never()).unwrap();
+            ask(&mut channel, &Stop::never()).unwrap();
+        });
+        let ended = listener.accept_connection(&mut candidates, &options, &Stop::on(&cancel));
+        assert!(matches!(ended, Err(OpenError::Channel(ChannelError::Stopped { .. }))));
+    });
+    assert!(told.lock().unwrap().contains("has connected no queue pair"), "{}", told.lock().unwrap());
+    // The rest passed before the simulation began to wait.
+    assert!(sim.elapsed() >= QUEUE_PAIRS_TIMEOUT / 2);
 }
 
 /// A simulation whose time goes on whenever a thread waits.
