@@ -213,7 +213,8 @@ impl Seen {
             (17, [_, _, 0x12, 0xb7, _, _, _, _, operation, rest @ ..]) => match operation {
                 // WRITE, its first or only packet: address, key and length.
                 6 | 10 | 11 => {
-                    self.keys.insert(rest[19..23].try_into().unwrap());
+                    // A probe of a quiet peer has no bytes, and needs no key.
+                    self.keys.extend(<[u8; 4]>::try_from(&rest[19..23]).ok().filter(|key| *key != [0; 4]));
                     self.pages.extend(&rest[27..]);
                 }
                 7..=9 => self.pages.extend(&rest[11..]),

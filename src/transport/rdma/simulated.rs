@@ -49,8 +49,8 @@ pub(in crate::transport) fn simulated_with_tls(memory: Arc<dyn GuestMemory>, que
     let sim = Sim::new(SimConfig::default());
     let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
     let (near, far) = (here.enter(), there.enter());
-    let mut options = ConnectionOptions::default();
-    options.rdma = RdmaOptions { queue_pairs, wait_after_round: true, ..RdmaOptions::default() };
+    let rdma = RdmaOptions { queue_pairs, wait_after_round: true, ..RdmaOptions::default() };
+    let options = ConnectionOptions { rdma, ..ConnectionOptions::default() };
     let at_source = options.clone();
     let (mut listener, to) = secured::tests::listening(Arc::new(there));
     Ends {

@@ -17,7 +17,7 @@ mod refusal;
 #[cfg(feature = "tls")]
 mod session;
 #[cfg(all(test, feature = "tls"))]
-mod tests;
+pub(super) mod tests;
 
 use std::path::PathBuf;
 

@@ -19,7 +19,7 @@ use certificates::Authority;
 
 #[path = "../../../tests/common/certificates.rs"]
 #[allow(dead_code)]
-mod certificates;
+pub(in crate::transport) mod certificates;
 
 /// The source's end and the destination's.
 fn pair(provider: CryptoProvider) -> (StreamChannel, StreamChannel) {

@@ -50,7 +50,7 @@ impl Fabric for SecuredFabric {
             return Err(FabricError::NotAuthentic { what: "the answer to a connection" });
         }
         let (sends, receives) = (From::Source, From::Destination);
-        SecuredEndpoint::new(inner, &self.secret, (sends, receives), &request)
+        SecuredEndpoint::boxed(inner, &self.secret, (sends, receives), &request)
     }
 
     fn listen(&self, host: &str, port: u16) -> Result<Box<dyn Listener>, FabricError> {
@@ -119,7 +119,7 @@ impl Incoming for SecuredIncoming {
         let (reply, _) = split(&params.private_data);
         let params = widened(params, &reply, &secret.of_reply(&request, &reply));
         let inner = inner.accept(&params, stop)?;
-        SecuredEndpoint::new(inner, &secret, (From::Destination, From::Source), &request)
+        SecuredEndpoint::boxed(inner, &secret, (From::Destination, From::Source), &request)
     }
 }
 
@@ -133,7 +133,7 @@ struct SecuredEndpoint {
 }
 
 impl SecuredEndpoint {
-    fn new(
+    fn boxed(
         inner: Box<dyn Endpoint>,
         secret: &Secret,
         (sends, receives): (From, From),

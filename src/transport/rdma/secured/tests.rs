@@ -16,16 +16,12 @@ use crate::sys::{CancelToken, Mapping, RecvPart, SendPart, Stop};
 use crate::transport::open::Endpoint;
 use crate::transport::open::candidates::Candidates;
 use crate::transport::rdma::{RdmaListener, connect_over};
+use crate::transport::tls::tests::certificates::Authority;
 use crate::transport::{
     Address, AllowList, ByteSink, ChannelError, ConnectionOptions, OpenError, SourceConnection,
     StreamOptions, Tls, TlsOptions, connect,
 };
 use crate::units::PageSize;
-use certificates::Authority;
-
-#[path = "../../../../tests/common/certificates.rs"]
-#[allow(dead_code)]
-mod certificates;
 
 /// A destination of `fabric`, and its address for a source whose certificate is of the same authority.
 pub(in crate::transport::rdma) fn listening(fabric: Arc<dyn Fabric>) -> (SecuredRdma, Address) {
