@@ -200,9 +200,12 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
     let mut listener = Listener::bind(&args.tls.at(&args.uri)?, allow, &stop)?;
     if let Some(warning) = listener.warning() {
-        let encrypt =
-            if listener.address().scheme() == "tcp" { " or encrypt it (--tls-dir DIR)" } else { "" };
-        note!("ramwire receive: {warning}{}{encrypt}", hint(Some(Remedy::AllowPeers)));
+        let remedy = match (listener.address().tls(), listener.address().scheme()) {
+            (Some(_), _) => String::new(),
+            (None, "tcp") => hint(Some(Remedy::AllowPeers)) + " or encrypt it (--tls-dir DIR)",
+            (None, _) => hint(Some(Remedy::AllowPeers)),
+        };
+        note!("ramwire receive: {warning}{remedy}");
     }
     if let Some(why) = listener.why_no_rdma() {
         note!("ramwire receive: TCP only: {why}");
