@@ -265,10 +265,18 @@ fn a_connection_that_is_cut_again_and_again_in_postcopy_loses_no_page() {
 /// no more than that.
 #[test]
 fn a_connection_that_is_cut_again_and_again_in_precopy_loses_no_page() {
-    for (transport, verify, cuts) in [("tcp", "full", 6), ("unix", "fast", 3), ("tcp", "off", 1)] {
+    for (transport, verify, cuts, channels) in [
+        ("tcp", "full", 6, 0),
+        ("unix", "fast", 3, 0),
+        ("tcp", "off", 1, 0),
+        ("tcp", "fast", 1, 2),
+        ("tcp", "full", 4, 3),
+        ("unix", "off", 2, 1),
+    ] {
         let sizes = ["--ram", "16M", "--block", "12K", "--working-set", "2M", "--dirty-rate", "10M"];
         let cut = ["--transport", transport, "--verify", verify, "--cut", &cuts.to_string()];
-        let out = demo(&[&cut[..], &sizes[..]].concat());
+        let channels = ["--channels", &channels.to_string()];
+        let out = demo(&[&cut[..], &channels[..], &sizes[..]].concat());
         let (lost, all) = (&out["lost"], 16 * 256 + 3_u64);
         assert_eq!((&lost["count"], &out["pages_checked"]), (&cuts.into(), &all.into()), "{lost}");
         let last = lost["last"].as_array().unwrap();

@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use common::memory::{MIB, Pattern, compare, fill};
 use common::{Deadline, ramwire::Ramwire, scratch};
@@ -130,35 +130,170 @@ fn ram_file(folder: &Path) -> std::path::PathBuf {
 
 const SIZE: usize = 24;
 
-/// Sends a guest over connections that break as in `cuts`, the last ones by another address; the source's report.
-fn send(cuts: &[Cut], fallback: &[Cut], verify: &str) -> Value {
+/// Sends a guest, by ways that `ways` makes to the destination, with `more` arguments at both ends; the source's report.
+fn send_by(ways: impl FnOnce(SocketAddr) -> Vec<SocketAddr>, verify: &str, more: &[&str]) -> Value {
     let dir = scratch();
     let (memory, folder) = (dir.path().join("memory"), dir.path().join("guest"));
     fill(&memory, SIZE, Pattern::Mixed { seed: 5 });
-    let arguments = ["receive", "tcp:127.0.0.1:0", "--reconnect", "100", "--json", "--dir"];
+    let arguments =
+        [&["receive", "tcp:127.0.0.1:0", "--reconnect", "100", "--json"], more, &["--dir"]].concat();
     let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
     let far: SocketAddr = receiver.listening().strip_prefix("tcp:").unwrap().parse().unwrap();
-    let (near, taken) = way_to(far, cuts.to_vec());
-    let (other, taken_there) = way_to(far, fallback.to_vec());
+    let ways: Vec<_> = ways(far).iter().map(|way| format!("tcp:{way}")).collect();
     let ram = format!("m0={}", memory.display());
-    let other = format!("tcp:{other}");
-    let mut arguments = vec!["send", "--ram", &ram, "--reconnect", "100", "--verify", verify, "--json"];
-    if !fallback.is_empty() {
-        arguments.extend(["--fallback", &other]);
-    }
-    let mut sender = Ramwire::start(dir.path(), &arguments, format!("tcp:{near}"));
+    let arguments = ["send", "--ram", &ram, "--reconnect", "100", "--verify", verify, "--json"];
+    let mut arguments = [&arguments[..], more].concat();
+    ways[1..].iter().for_each(|other| arguments.extend(["--fallback", other]));
+    let mut sender = Ramwire::start(dir.path(), &arguments, &ways[0]);
     let sent = sender.finished(Deadline::seconds(100), 0);
     let arrived = receiver.finished(Deadline::seconds(100), 0);
-    assert_eq!((&sent["status"], &arrived["arrived"]), (&json!("completed"), &json!(true)), "{cuts:?}");
+    assert_eq!((&sent["status"], &arrived["arrived"]), (&json!("completed"), &json!(true)), "{sent}");
     assert_eq!(arrived["verified"], json!(verify != "off"), "{arrived}");
-    compare(&memory, &ram_file(&folder)).unwrap_or_else(|found| panic!("{cuts:?}: {found:?}"));
-    assert_eq!((*taken.lock().unwrap(), *taken_there.lock().unwrap()), (cuts.len(), fallback.len()));
+    compare(&memory, &ram_file(&folder)).unwrap_or_else(|found| panic!("{sent}: {found:?}"));
+    sent
+}
+
+/// Sends a guest over connections that break as in `cuts`, the last ones by another address; the source's report.
+fn send(cuts: &[Cut], fallback: &[Cut], verify: &str) -> Value {
+    let mut taken = Vec::new();
+    let mut way = |far, cuts: &[Cut]| {
+        let (address, count) = way_to(far, cuts.to_vec());
+        taken.push(count);
+        address
+    };
+    let ways =
+        |far| [cuts, fallback].iter().filter(|cuts| !cuts.is_empty()).map(|cuts| way(far, cuts)).collect();
+    let sent = send_by(ways, verify, &[]);
+    let taken: usize = taken.iter().map(|count| *count.lock().unwrap()).sum();
+    assert_eq!(taken, cuts.len() + fallback.len());
     let lost = &sent["lost-connections"];
     // An address that nobody serves any more may take a connection, and drop it.
     let (count, cut) = (lost["count"].as_u64().unwrap(), (cuts.len() + fallback.len() - 1) as u64);
     assert!(count == cut || !fallback.is_empty() && count > cut, "{lost}");
     assert_eq!(sent["ram"]["total"], json!(SIZE * MIB));
     sent
+}
+
+/// What breaks of a connection with page channels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Part {
+    All,
+    Main,
+    Channel,
+    /// Nothing more is carried, and nobody is told.
+    Silence,
+}
+
+/// Both ends of a connection that is carried; it is closed when nobody carries it any more.
+type Pair = Arc<(TcpStream, TcpStream)>;
+
+/// A way to `far` whose first `connections` break together, when they have carried so many bytes or are to carry COMMIT;
+/// the first one is the main one. Those that follow are whole.
+fn way_of_channels(far: SocketAddr, connections: usize, part: Part, most: Option<u64>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let carried = |_| Arc::new((listener.accept().unwrap().0, TcpStream::connect(far).unwrap()));
+        let pairs: Vec<Pair> = (0..connections).map(carried).collect();
+        let others: Vec<Weak<_>> = pairs.iter().map(Arc::downgrade).collect();
+        let sum = Arc::new(Mutex::new(Some(0)));
+        for (at, pair) in pairs.into_iter().enumerate() {
+            let (sum, others, back) = (Arc::clone(&sum), others.clone(), Arc::clone(&pair));
+            let is_main = at == 0;
+            std::thread::spawn(move || pump(&pair, &others, &sum, (part, most.ok_or(is_main))));
+            std::thread::spawn(move || drop(std::io::copy(&mut &back.1, &mut &back.0)));
+        }
+        while let Ok((near, _)) = listener.accept() {
+            let Ok(far) = TcpStream::connect(far) else { return };
+            carry(near, far, Cut::Never);
+        }
+    });
+    address
+}
+
+/// Carries what comes for the destination on one of several connections, until they break: at so many bytes of all, or
+/// where COMMIT is on this one.
+fn pump(
+    pair: &Pair,
+    all: &[Weak<(TcpStream, TcpStream)>],
+    sum: &Mutex<Option<u64>>,
+    (part, breaks): (Part, Result<u64, bool>),
+) {
+    let (mut near, mut far) = (&pair.0, &pair.1);
+    let (mut commit, mut bytes) = (Finder::of(COMMIT), vec![0; 16 << 10]);
+    while let Ok(count @ 1..) = near.read(&mut bytes) {
+        let found = commit.find(&bytes[..count]).is_some();
+        let due = {
+            let mut sum = sum.lock().unwrap();
+            let carried = sum.map(|sum| sum + count as u64);
+            let due = carried.is_some_and(|carried| match breaks {
+                Ok(most) => carried >= most,
+                Err(here) => here && found,
+            });
+            *sum = carried.filter(|_| !due);
+            // Before the others carry on: nothing of what broke is carried then.
+            if due && part != Part::Silence {
+                let broken = match part {
+                    Part::Channel => &all[1..2],
+                    Part::Main => &all[..1],
+                    _ => all,
+                };
+                for pair in broken.iter().filter_map(Weak::upgrade) {
+                    let _ = (pair.0.shutdown(Shutdown::Both), pair.1.shutdown(Shutdown::Both));
+                }
+            }
+            due || sum.is_none() && part == Part::Silence
+        };
+        if due && part == Part::Silence {
+            // Its ends are held, and hear nothing.
+            loop {
+                std::thread::park();
+            }
+        }
+        if far.write_all(&bytes[..count]).is_err() {
+            return;
+        }
+    }
+}
+
+/// Whatever breaks of a connection with page channels, they go on over one that has none.
+#[test]
+fn a_connection_with_page_channels_is_followed_by_one_without() {
+    let all = (SIZE * MIB / 4096) as u64;
+    let early = Some(600_000);
+    let late = Some((SIZE * MIB / 3) as u64);
+    for (part, most, verify) in [
+        (Part::Main, late, "full"),
+        (Part::All, early, "off"),
+        (Part::All, late, "fast"),
+        (Part::Channel, early, "fast"),
+        (Part::Channel, late, "off"),
+    ] {
+        let ways = |far| vec![way_of_channels(far, 3, part, most)];
+        let sent = send_by(ways, verify, &["--channels", "2"]);
+        let lost = &sent["lost-connections"];
+        println!("{part:?} {most:?} {verify}: {lost}");
+        let again = lost["pages_again"].as_u64().unwrap();
+        // What page channels have placed does not go again, whatever the stream has confirmed.
+        assert!(lost["count"] == json!(1) && again <= all, "{lost}");
+    }
+}
+
+/// Nobody is told that the connection is dead: the source finds it out by its own time, the destination by the next one.
+#[test]
+fn a_network_that_falls_silent_is_left_for_another_connection() {
+    let ways = |far| vec![way_of_channels(far, 3, Part::Silence, Some(2_000_000))];
+    let sent = send_by(ways, "fast", &["--channels", "2", "--stall-timeout", "3"]);
+    println!("{}", sent["lost-connections"]);
+    assert_eq!(sent["lost-connections"]["count"], json!(1), "{sent}");
+}
+
+/// COMMIT does not arrive on a connection with page channels: the guest is asked for.
+#[test]
+fn a_loss_at_commit_with_page_channels_leaves_no_doubt() {
+    let ways = |far| vec![way_of_channels(far, 3, Part::All, None)];
+    let lost = send_by(ways, "fast", &["--channels", "2"])["lost-connections"].clone();
+    assert_eq!((&lost["last"][0]["committed"], &lost["pages_again"]), (&json!(true), &json!(0)), "{lost}");
 }
 
 #[test]

@@ -264,8 +264,6 @@ mod tests {
     #[test]
     fn options_without_effect_and_options_that_exclude_each_other_are_refused() {
         for (line, says) in [
-            ("send tcp:h:1 --dir d --reconnect 10 --channels 2", "--channels out"),
-            ("receive tcp:h:1 --dir d --reconnect 10 --channels 2", "--channels out"),
             ("send tcp:h:1 --dir d --postcopy --postcopy-after command", "--qmp"),
             ("send tcp:h:1 --dir d --postcopy --verify full", "--verify"),
             ("send tcp:h:1 --dir d --timeout 1 --timeout-action postcopy --verify fast", "--verify"),
@@ -308,7 +306,8 @@ mod tests {
             assert!(words.as_ref().is_some_and(|words| words.contains(says)), "{line}: {words:?}");
         }
         for line in [
-            "send tcp:h:1 --dir d --reconnect 10",
+            "send tcp:h:1 --dir d --reconnect 10 --channels 2",
+            "receive tcp:h:1 --dir d --reconnect 10 --channels 2",
             "send tcp:h:1 --dir d --postcopy --reconnect 10 --channels 2",
             "send tcp:h:1 --dir d --qmp unix:q --postcopy --postcopy-after command",
             "send --dir d --qmp unix:q --max-postcopy-bandwidth 1M --active-channels 2 --queue-pairs 2",

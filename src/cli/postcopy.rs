@@ -32,8 +32,8 @@ pub(super) struct PostcopyArgs {
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct ReconnectArgs {
     /// When the connection is lost, connect again for so long, and send only what has not arrived; the guest runs on
-    /// meanwhile. To a ramwire with --reconnect, without --channels; with --postcopy behind the switch only (QEMU:
-    /// migrate-recover there). 0: the loss is the end
+    /// meanwhile. To a ramwire with --reconnect; with --postcopy behind the switch only (QEMU: migrate-recover there). The
+    /// other connection has no page channels. 0: the loss is the end
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
     reconnect: Duration,
     /// With --reconnect: another address of the same destination, tried in turn with the first; repeat for more
@@ -48,10 +48,6 @@ pub(super) struct ReconnectArgs {
     #[arg(long, requires = "postcopy")]
     release_ram: bool,
 }
-
-/// At either end.
-pub(super) const NO_RECONNECT_WITH_CHANNELS: &str =
-    "a migration with page channels ends when its connection is lost: leave --reconnect or --channels out";
 
 /// Reports once that `--reconnect` has no effect, as soon as both ends have said what they can.
 pub(super) fn warn_if_not_replaceable(command: &'static str, statistics: &SharedStatistics) {
@@ -125,15 +121,6 @@ impl PostcopyArgs {
 }
 
 impl ReconnectArgs {
-    /// Refuses further connections where a lost one is the end. Behind a switch to postcopy page channels are no
-    /// obstacle.
-    pub(super) fn check(&self, channels: u8, postcopy: bool) -> Result<(), Usage> {
-        if !self.reconnect.is_zero() && channels > 0 && !postcopy {
-            return Err(Usage(NO_RECONNECT_WITH_CHANNELS.into()));
-        }
-        Ok(())
-    }
-
     /// Under QEMU's names.
     pub(super) fn plan(&self, plan: Plan) -> Plan {
         plan.having("postcopy-preempt", self.postcopy_preempt)

@@ -25,7 +25,6 @@ use super::common::{
 };
 use super::metrics::MetricsArgs;
 use super::output::{note, result_line};
-use super::postcopy::NO_RECONNECT_WITH_CHANNELS;
 use super::progress::Progress;
 use super::qmp::{Plan, QmpArgs, Role, Subject};
 use super::remedies::{hint, in_words};
@@ -78,7 +77,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
     /// When the connection is lost, keep what has arrived and wait so long for the source to connect again (a ramwire with
-    /// --reconnect, no --channels). 0: the loss is the end
+    /// --reconnect). 0: the loss is the end
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
     reconnect: Duration,
     /// Print one JSON object instead of a report
@@ -166,11 +165,7 @@ pub(super) fn run(args: &Args) -> Exit {
 impl Args {
     /// Refuses options that don't go together.
     pub(super) fn check(&self) -> Result<(), Usage> {
-        self.channels.options()?;
-        if !self.reconnect.is_zero() && self.channels.count() > 0 {
-            return Err(Usage(NO_RECONNECT_WITH_CHANNELS.into()));
-        }
-        Ok(())
+        self.channels.options().map(drop)
     }
 }
 

@@ -55,6 +55,14 @@ impl AtomicBitmap {
         cleared.sum()
     }
 
+    /// Clears all pages.
+    pub fn clear_all(&self) {
+        // A plain load first, as in `take`.
+        for word in self.words.iter().filter(|word| word.load(Ordering::Relaxed) != 0) {
+            word.swap(0, Ordering::AcqRel);
+        }
+    }
+
     /// The words that a range of pages touches, and which of their bits.
     fn masks(&self, first: PageIndex, pages: u64) -> impl Iterator<Item = (&AtomicU64, u64)> {
         let end = first.0.saturating_add(pages).min(self.pages);
@@ -132,6 +140,12 @@ impl ReceivedMap {
         let map = self.blocks.get(run.block.as_usize());
         let gone = map.map_or(0, |map| map.clear(run.first, run.pages));
         self.count.fetch_sub(gone, Ordering::Relaxed);
+    }
+
+    /// All pages have to be received again.
+    pub fn forget_all(&self) {
+        self.blocks.iter().for_each(AtomicBitmap::clear_all);
+        self.count.store(0, Ordering::Relaxed);
     }
 
     /// The map of one block.

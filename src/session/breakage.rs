@@ -105,6 +105,10 @@ pub(super) enum Breakage {
     SkipResumeFence,
     /// The destination places a page of the old connection after it has gone on over another.
     PlaceFromOld,
+    /// What a fence confirms is not counted, only what was sent since the last connection began.
+    CountAtEnd,
+    /// Order 14: page channels of the old connection place pages after the destination has gone on over another.
+    KeepOldChannels,
     /// The destination keeps the device state that came before a lost connection.
     KeepOldState,
     /// The destination starts the guest when the source connects again behind READY.
@@ -180,7 +184,7 @@ impl Breakage {
 
     /// What the simulation of lost connections switches off.
     #[cfg(test)]
-    pub(super) const OF_LOSSES: [Self; 11] = [
+    pub(super) const OF_LOSSES: [Self; 13] = [
         Self::EndUnacknowledged,
         Self::TrustFence,
         Self::ThrottleWithoutConnection,
@@ -192,6 +196,8 @@ impl Breakage {
         Self::KeepOldState,
         Self::StartWhenResumed,
         Self::ResumeAfterLoss,
+        Self::KeepOldChannels,
+        Self::CountAtEnd,
     ];
 
     /// All but `None` and what only a relay, or a lost connection, does.

@@ -33,9 +33,6 @@ pub(super) fn refuse_cuts(args: &Args) -> Result<(), Usage> {
         () if args.transport == Transport::Rdma => {
             "a connection by RDMA that is cut ends the migration: give --transport tcp or unix"
         }
-        () if args.channels.count() > 0 => {
-            "a migration with page channels ends when its connection is cut: leave --channels out"
-        }
         () => return Ok(()),
     };
     Err(Usage(why.into()))

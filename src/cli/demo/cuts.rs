@@ -41,8 +41,8 @@ struct State {
     left: u32,
     stage: Stage,
     postcopy: bool,
-    /// Of the present connection.
-    breaker: Option<StreamBreaker>,
+    /// Of the present connection, and of its page channels.
+    breakers: Vec<StreamBreaker>,
     figures: Option<SharedStatistics>,
     made: Vec<Recovery>,
 }
@@ -65,7 +65,8 @@ impl Cuts {
         let table = memory.table();
         let pages = table.blocks().iter().map(|block| table.pages_of(block)).sum::<u64>();
         let stage = if postcopy { Stage::There } else { Stage::Due(pages / (u64::from(count) + 1)) };
-        let state = State { left: count, stage, postcopy, breaker: None, figures: None, made: Vec::new() };
+        let state =
+            State { left: count, stage, postcopy, breakers: Vec::new(), figures: None, made: Vec::new() };
         Self(Arc::new(Inner { state: Mutex::new(state), changed: Condvar::new(), pages }))
     }
 
@@ -73,9 +74,9 @@ impl Cuts {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The connection that is in use from now on.
+    /// A connection that is in use from now on.
     pub(super) fn connected(&self, breaker: StreamBreaker) {
-        self.state().breaker = Some(breaker);
+        self.state().breakers.push(breaker);
     }
 
     /// Follows what happens to the guest.
@@ -126,17 +127,15 @@ impl Cuts {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
         // In precopy the first page on another connection shows that the ends go on.
-        if !state.postcopy && matches!(state.stage, Stage::Cut { .. }) && state.breaker.is_some() {
+        if !state.postcopy && matches!(state.stage, Stage::Cut { .. }) && !state.breakers.is_empty() {
             self.goes_on(&mut state);
         }
         let Stage::Due(pages) = state.stage else { return };
         let pages_there = self.there(&state);
-        if pages_there >= pages
-            && let Some(breaker) = state.breaker.take()
-        {
+        if pages_there >= pages && !state.breakers.is_empty() {
             state.left -= 1;
             state.stage = Stage::Cut { pages_there, at: Instant::now() };
-            breaker.reset();
+            state.breakers.drain(..).for_each(|breaker| breaker.reset());
         }
     }
 

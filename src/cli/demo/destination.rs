@@ -222,6 +222,20 @@ fn accept_cut(
     }
 }
 
+/// The first connection, and its page channels.
+fn first_connection(
+    accept: &mut impl FnMut(&Stop) -> Result<StreamChannel, OpenError>,
+    options: &ConnectionOptions,
+    stop: &Stop,
+) -> Result<DestinationConnection, OpenError> {
+    let main = accept(stop)?;
+    let pages = (0..options.channels.count).map(|_| accept(stop)).collect::<Result<Vec<_>, _>>()?;
+    if pages.is_empty() {
+        return Ok(DestinationConnection::over(main));
+    }
+    DestinationConnection::over_channels(std::iter::once(main).chain(pages).collect(), options, stop)
+}
+
 fn arriving(memory: impl MemoryProvider + 'static, guest: &dyn DemoGuest) -> DestinationGuest {
     DestinationGuest { memory: Box::new(memory), control: guest.control() }
 }
@@ -258,15 +272,15 @@ fn receive(args: &Args, listens: &Cell<bool>) -> Result<Verdict, Failure> {
         settings.reconnect_timeout = super::RECONNECT;
     }
     let cuts = Cuts::new(args.cut, &memory, args.postcopy);
+    let mut options = ConnectionOptions::of_stream(local_options());
+    options.channels = args.channels.options()?;
     let session = if args.cut > 0 {
         let mut accept = accept_cut(listener, scratch, cuts.clone());
-        let connection = DestinationConnection::over(accept(&stop_waiting)?);
+        let connection = first_connection(&mut accept, &options, &stop_waiting)?;
         let memory = Zeroed(Arc::new(CutMemory::new(memory, cuts.clone())));
         DestinationSession::new(arriving(memory, &*guest), connection, settings)
             .with_next_connection(Box::new(accept))
     } else {
-        let mut options = ConnectionOptions::of_stream(local_options());
-        options.channels = args.channels.options()?;
         let connection = listener.accept_connection(&options, &stop_waiting)?;
         drop((listener, scratch));
         let arriving = match passed {

@@ -58,6 +58,7 @@ use super::watch::{WatchArgs, describe};
     ramwire demo --ram 4G --working-set 256M --dirty-rate 500M --transport tcp
     ramwire demo --postcopy --link-rate 125M --transport tcp
     ramwire demo --cut 5
+    ramwire demo --cut 5 --channels 2
     ramwire demo --postcopy --cut 5
     ramwire demo --same-host
     ramwire demo --tls-dir certificates --channels 2
@@ -151,7 +152,7 @@ pub(super) struct Args {
     #[command(flatten)]
     postcopy: PostcopyArgs,
     /// Cut the connection so many times while memory arrives, each time after the same number of pages; both ends go on over
-    /// another connection. With --postcopy: while the guest runs at the destination
+    /// another connection, which has no page channels. With --postcopy: while the guest runs at the destination
     #[arg(long, value_name = "N", default_value = "0")]
     cut: u32,
     /// With --postcopy: free the guest's memory at the source as soon as the destination has proved that it has

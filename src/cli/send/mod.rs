@@ -352,7 +352,6 @@ impl Args {
                 "what is missing after a switch to postcopy can't be compared: leave --verify or the switch out".into(),
             ));
         }
-        self.reconnect.check(self.channels.count(), postcopy)?;
         let Some(uri) = &self.uri else { return Ok(()) };
         self.channels.check()?;
         self.rdma.check_at(uri)

@@ -50,6 +50,8 @@ struct Counters {
 pub struct Placer {
     memory: Arc<dyn GuestMemory>,
     received: ReceivedMap,
+    /// Pages that were placed since the last fence, if there are fences.
+    since_fence: Option<ReceivedMap>,
     observer: Option<Arc<dyn PageObserver>>,
     /// Announced position to position in the guest's own table.
     blocks: Vec<BlockIndex>,
@@ -94,6 +96,7 @@ impl Placer {
         let (page_bytes, received) = (table.page().bytes(), ReceivedMap::new(table));
         Ok(Self {
             received,
+            since_fence: None,
             observer,
             blocks,
             regions,
@@ -123,6 +126,24 @@ impl Placer {
     /// writes have none.
     pub fn keep_fingerprints(&mut self, prints: Arc<Fingerprints>) {
         self.prints = Some(prints);
+    }
+
+    /// Before the first page comes: there are fences, and pages that are placed between two of them are kept apart. Pages
+    /// that a NIC writes are not among them.
+    pub(crate) fn keep_since_fence(&mut self) {
+        self.since_fence = Some(ReceivedMap::new(self.memory.table()));
+    }
+
+    /// A fence: pages count anew. Those that other threads place meanwhile may be lost from the count.
+    pub(crate) fn fenced(&self) {
+        if let Some(since) = &self.since_fence {
+            since.forget_all();
+        }
+    }
+
+    /// Pages of a block, by the guest's own table, that were placed since the last fence; `None` without fences.
+    pub(crate) fn since_fence(&self, block: BlockIndex) -> Option<&AtomicBitmap> {
+        self.since_fence.as_ref()?.block(block)
     }
 
     /// Whole pages with `bytes` go to where `skip` bytes into `landing` are.
@@ -311,6 +332,9 @@ impl Placer {
     fn mark(&self, landing: Landing) {
         let run = self.run(landing);
         self.received.mark(run);
+        if let Some(since) = &self.since_fence {
+            since.mark(run);
+        }
         if let Some(observer) = &self.observer {
             observer.placed(run);
         }

@@ -17,6 +17,9 @@ use super::digests::Digests;
 use super::fingerprints::Compared;
 use super::receive::out_of_turn;
 
+/// The order behind the counts of a round.
+pub(super) const FENCE: &str = "FENCE";
+
 /// What the source has reported about itself and about the pages it sent.
 #[derive(Debug, Default)]
 pub(super) struct SourceReports {
@@ -40,6 +43,8 @@ pub(super) struct SourceReports {
     pub(super) passed_ahead: bool,
     /// Pages it has sent.
     sent: Option<Vec<PageCounts>>,
+    /// Pages placed on each page channel up to the last barrier, which a fence follows.
+    pub(super) at_barrier: Vec<PageCounts>,
     /// Bytes that came as zero in rounds by another link than the stream.
     pub(super) zero_in_rounds: u64,
     /// Pages that it has not sent in their last state.
@@ -49,9 +54,10 @@ pub(super) struct SourceReports {
 }
 
 impl SourceReports {
-    /// The guest runs on at the source, which has connected again and will tell all of this again.
+    /// The guest runs on at the source, which has connected again and will tell all of this again. It counts from zero.
     pub(super) fn forget_switchover(&mut self) {
-        self.sent = None;
+        (self.sent, self.zero_in_rounds) = (None, 0);
+        self.at_barrier.clear();
         self.unsent = PageSet::default();
         self.digests = Digests::default();
         self.compared.forget_switchover();
@@ -159,28 +165,30 @@ impl DestinationSession {
         Err(no_channels_here())
     }
 
-    /// SENT: kept until everything has come.
+    /// SENT: kept until all that it counts has come.
     pub(super) fn source_sent(&mut self, counts: &[u8]) -> Result<(), Error> {
-        if !self.ingest.sections().ram_ended() || !self.driver.engine.is_native() {
+        let due = self.ingest.sections().ram_ended() || self.resumption.is_agreed();
+        if !due || !self.driver.engine.is_native() {
             return Err(out_of_turn("SENT", "waiting for the last page of a ramwire"));
         }
         self.reported.sent = Some(page_counts::decode(counts));
         Ok(())
     }
 
-    /// Everything has come: is it what was sent?
-    pub(super) fn compare_counts(&mut self) -> Result<(), Error> {
+    /// All in front of `order` has come, `on_channels` on each page channel: is it what was sent?
+    pub(super) fn compare_counts(&mut self, on_channels: Vec<PageCounts>, order: &str) -> Result<(), Error> {
         let Some(sent) = self.reported.sent.take() else {
-            return Err(out_of_turn("STATE_SENT", "waiting for the counts of what was sent"));
+            return Err(out_of_turn(order, "waiting for the counts of what was sent"));
         };
-        if self.breakage.is(Breakage::SkipCounting) {
+        let at_fence = order == FENCE;
+        if self.breakage.is(Breakage::SkipCounting) || at_fence && self.breakage.is(Breakage::CountAtEnd) {
             return Ok(());
         }
         let page_bytes = self.ingest.placing()?.placer().page_bytes();
         let mut stream = self.ingest.placing()?.in_stream();
         stream.zero += self.reported.zero_in_rounds / page_bytes;
         let mut placed = vec![stream];
-        placed.extend(self.wire.link.placed_pages());
+        placed.extend(on_channels);
         Ok(compare_counts(&sent, &placed)?)
     }
 }

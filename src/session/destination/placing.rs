@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::guest::{GuestMemory, PageWriter, Placer};
 use crate::observe::PageCounts;
-use crate::ram::{Landing, PageRun, PageSet, RamBlock};
+use crate::ram::{Landing, PageRun, RamBlock};
 use crate::stream::qemu::compressed::inflate_page;
 use crate::stream::qemu::ram::PAGE_HEAD;
 use crate::stream::{DecodeError, Fault, xbzrle};
@@ -30,8 +30,6 @@ pub(super) struct Placing {
     scratch: Vec<u8>,
     /// Pages that arrived in the stream.
     in_stream: PageCounts,
-    /// Pages that arrived in the stream since the last fence, if there are fences.
-    since_fence: Option<PageSet>,
     /// For an observer of pages on a link that reports none of them.
     scan: Option<ContentScan>,
     checked: Instant,
@@ -62,9 +60,11 @@ impl Placing {
         if let Some(prints) = &how.prints {
             placer.keep_fingerprints(Arc::clone(prints));
         }
+        if how.fences {
+            placer.keep_since_fence();
+        }
         let placer = Arc::new(placer);
         let scratch = vec![0; placer.page_bytes() as usize];
-        let since_fence = how.fences.then(|| PageSet::new(placer.memory().table()));
         let writer = PageWriter::default();
         Ok(Self {
             placer,
@@ -72,7 +72,6 @@ impl Placing {
             observer,
             scratch,
             in_stream: PageCounts::default(),
-            since_fence,
             scan: None,
             checked: Instant::now(),
             is_later: false,
@@ -98,11 +97,6 @@ impl Placing {
         self.in_stream
     }
 
-    /// Pages that arrived in the stream since the last fence, if there are fences.
-    pub(super) fn since_fence(&self) -> Option<&PageSet> {
-        self.since_fence.as_ref()
-    }
-
     /// A fence was read.
     pub(super) fn fenced(&mut self) -> Result<(), Error> {
         if self.breakage.is(Breakage::PlaceFromOld) && self.is_later {
@@ -111,9 +105,7 @@ impl Placing {
                 self.writer.place(&self.placer, landing, std::iter::once(&bytes[..]))?;
             }
         }
-        if let Some(since) = self.since_fence.as_mut().filter(|since| !since.is_empty()) {
-            *since = PageSet::new(self.placer.memory().table());
-        }
+        self.placer.fenced();
         Ok(())
     }
 
@@ -181,7 +173,7 @@ impl Placing {
             return Ok(self.writer.write(&self.placer, landing, 0, pages)?);
         }
         self.writer.place(&self.placer, landing, pages)?;
-        self.count_in_stream(landing);
+        self.seen_in_stream(landing);
         Ok(())
     }
 
@@ -197,7 +189,7 @@ impl Placing {
         let landing = self.placer.admit(block, offset, self.placer.page_bytes())?;
         self.writer.place_zero(&self.placer, landing)?;
         self.in_stream.zero += 1;
-        self.count_in_stream(landing);
+        self.seen_in_stream(landing);
         Ok(())
     }
 
@@ -232,10 +224,7 @@ impl Placing {
     }
 
     /// A page that arrived in the stream was reported when it was placed; a scan's knowledge of it is out of date.
-    fn count_in_stream(&mut self, landing: Landing) {
-        if let Some(since) = &mut self.since_fence {
-            since.add(self.placer.run(landing));
-        }
+    fn seen_in_stream(&mut self, landing: Landing) {
         if let Some(scan) = &mut self.scan {
             let run = self.placer.run(landing);
             (run.first.0..run.end().0).for_each(|page| scan.forget(run.block, PageIndex(page)));
@@ -272,7 +261,7 @@ impl Placing {
         self.placer.print(landing, 0, &self.scratch);
         self.placer.commit_delta(landing);
         self.in_stream.delta += 1;
-        self.count_in_stream(landing);
+        self.seen_in_stream(landing);
         Ok(())
     }
 

@@ -301,7 +301,8 @@ impl DestinationSession {
                 Err(out_of_turn("STATE_SENT", "waiting for the last page"))
             }
             Order::StateSent => {
-                self.compare_counts()?;
+                let on_channels = self.wire.link.placed_pages();
+                self.compare_counts(on_channels, "STATE_SENT")?;
                 self.compare_fingerprints()?;
                 Ok(Some(DestinationEvent::StateSent))
             }

@@ -51,7 +51,7 @@ impl DestinationSession {
         self.keepalive.join();
         let (missing_pages, preempt_bytes) = self.end_postcopy(ending);
         let arrived = self.ingest.finish();
-        let bytes = bytes + preempt_bytes + self.wire.link.channel_bytes();
+        let bytes = bytes + preempt_bytes + self.wire.channel_bytes();
         let error = self.error.as_ref();
         let told = |s: &mut Statistics| {
             s.status = match ending {

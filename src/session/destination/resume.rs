@@ -9,7 +9,7 @@
 //!
 //! # Required order
 //!
-//! Nothing of the old connection is read after HOLDS. The connection is dropped only for one that proves that it is the
+//! Nothing of the old connection is read or placed after HOLDS: its page channels have ended before. The connection is dropped only for one that proves that it is the
 //! source's, and the newest one.
 
 use std::time::Duration;
@@ -24,10 +24,14 @@ use crate::stream::native::{Answer, Hello, Order, Purpose, Resume};
 use crate::stream::qemu::command::{Command, HEAD_LEN, decode_command};
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::{RecvPart, Stop, StopReason, random_id};
-use crate::transport::{ByteSink, ByteSource, ChannelError, InlineDestination, OpenError, StreamChannel};
+use crate::transport::{
+    ByteSink, ByteSource, ChannelError, DestinationLink, InlineDestination, MoveError, OpenError,
+    StreamChannel,
+};
 
 use super::DestinationSession;
 use super::arrivals::{Begins, SharedNext, first_bytes};
+use super::counts::FENCE;
 use super::reader::StreamReader;
 use super::receive::out_of_turn;
 
@@ -95,8 +99,9 @@ pub(super) struct Resumption {
     agreed: Option<Agreed>,
     /// One that came while the old one was still held for good.
     early: Option<Accepted>,
-    /// Looks since the last byte of the source.
+    /// Looks since the last byte of the source, and the bytes that had come beside the stream at the last one.
     looks: u32,
+    heard_beside: u64,
     /// The device state was loaded.
     loaded: bool,
     /// This is not the first connection.
@@ -121,6 +126,13 @@ impl Resumption {
     /// Bytes have come.
     pub(super) fn heard(&mut self) {
         self.looks = 0;
+    }
+
+    /// So many bytes have come beside the stream: while page channels fill memory, nothing comes in it.
+    fn heard_beside(&mut self, bytes: u64) {
+        if bytes != self.heard_beside {
+            (self.heard_beside, self.looks) = (bytes, 0);
+        }
     }
 
     /// The device state is given to the VMM.
@@ -197,10 +209,10 @@ impl DestinationSession {
     /// HELLO: whether a lost connection may be followed by another. Returns our secret if it may.
     pub(super) fn agree_on_resumption(&mut self, theirs: &Hello) -> Option<[u8; 16]> {
         let able = self.wire.link.abilities();
-        let plain = able.page_channels == 0 && !able.has_rounds && !able.on_demand;
+        let able = !able.has_rounds && !able.on_demand;
         let waits = self.settings.reconnect_timeout > Duration::ZERO && self.resumption.further.is_some();
         let other = theirs.passes || theirs.urgent || self.ingest.is_watched();
-        let secret = theirs.secret.filter(|_| plain && waits && !other)?;
+        let secret = theirs.secret.filter(|_| able && waits && !other)?;
         let ours = Agreement { migration_id: theirs.migration_id, secret: random_id(), attempt: 0 };
         self.resumption.agreed = Some(Agreed { ours, theirs: secret, fence: 0 });
         Some(ours.secret)
@@ -225,6 +237,10 @@ impl DestinationSession {
         if number <= agreed.fence {
             return Err(out_of_turn("FENCE of an earlier number", "a migration that goes on"));
         }
+        // What is confirmed is not counted again on another connection.
+        let on_channels = self.reported.at_barrier.clone();
+        self.compare_counts(on_channels, FENCE)?;
+        let Some(agreed) = &mut self.resumption.agreed else { return Ok(()) };
         agreed.fence = number;
         self.ingest.placing()?.fenced()?;
         self.send_message(Message::Native(Answer::Fenced { number }))
@@ -255,6 +271,7 @@ impl DestinationSession {
             return if self.switch.relayed().is_some() { Ok(()) } else { Err(error) };
         }
         let peer = || "the source".to_owned();
+        self.resumption.heard_beside(self.wire.link.channel_bytes());
         self.resumption.looks += 1;
         let after = self.settings.stall_timeout;
         if LOOK_INTERVAL.saturating_mul(self.resumption.looks) >= after {
@@ -267,6 +284,25 @@ impl DestinationSession {
         Ok(())
     }
 
+    /// Waits at the old connection for what `wait` waits for, and looks from time to time whether the source has connected
+    /// again.
+    ///
+    /// # Errors
+    /// As [`look_for_source`](Self::look_for_source).
+    pub(super) fn wait_or_look<T>(
+        &mut self,
+        mut wait: impl FnMut(&mut dyn DestinationLink, &Stop) -> Result<T, MoveError>,
+    ) -> Result<T, Error> {
+        loop {
+            let looks = self.may_resume();
+            let stop = if looks { self.wire.stop.within(LOOK_INTERVAL) } else { self.wire.stop.clone() };
+            match wait(&mut *self.wire.link, &stop) {
+                Ok(done) => return Ok(done),
+                Err(error) => self.look_for_source(error.into())?,
+            }
+        }
+    }
+
     /// Drops the old connection, and waits for the source.
     pub(super) fn await_source(&mut self, reader: &mut StreamReader) -> Result<DestinationEvent, Error> {
         if let Some(error) = &self.error {
@@ -274,6 +310,10 @@ impl DestinationSession {
         }
         if let Some(connection) = self.wire.link.stream().descriptor() {
             let _ = rustix::net::shutdown(connection, Shutdown::Both);
+        }
+        // Orders 8 and 14: what comes beside the stream places nothing any more.
+        if !self.breakage.is(Breakage::KeepOldChannels) {
+            self.wire.link.revoke();
         }
         if let Some(back) = &self.wire.back {
             back.replace(None);
@@ -310,7 +350,7 @@ impl DestinationSession {
         let committed = resume.purpose == Purpose::AskForGuest;
         let starts = self.breakage.is(Breakage::StartWhenResumed) && self.driver.engine.is_bound();
         let committed = committed || starts;
-        self.wire.link = Box::new(InlineDestination::new(source));
+        self.wire.replace(Box::new(InlineDestination::new(source)));
         if let Some(writer) = &self.wire.back {
             writer.replace(Some(back));
         }
@@ -356,7 +396,7 @@ impl DestinationSession {
         let block = found.map_err(|error| out_of_turn(&format!("RECV_BITMAP, {error}"), "recovery"))?;
         let mut bytes = Vec::new();
         Message::ReceivedBitmap { block: name }.encode(&mut bytes);
-        let since = placing.since_fence().and_then(|pages| pages.block(block));
+        let since = placing.placer().since_fence(block);
         let bits = since.map(|pages| page_bits(pages.len(), |page| pages.get(page))).unwrap_or_default();
         encode_bitmap(&bits, &mut bytes);
         let stop = self.wire.stop.within(self.settings.stall_timeout);

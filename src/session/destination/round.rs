@@ -85,9 +85,10 @@ impl DestinationSession {
         }
         if !self.breakage.is(Breakage::SkipBarrier) {
             // A channel that does not reach the barrier is one of the known channels: this is no sign of further ones.
-            self.wire.link.barrier(&self.wire.stop)?;
+            self.wait_or_look(|link, stop| link.barrier(stop))?;
         }
         self.check_packets()?;
+        self.reported.at_barrier = self.wire.link.placed_pages();
         // Pressure is passed to the source before the channels continue.
         self.ingest.placing()?.between_reads()?;
         self.wire.link.release();

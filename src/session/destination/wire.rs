@@ -14,12 +14,25 @@ pub(super) struct Wire {
     /// The sink, if the connection has a return path. The source reads it after the command that opens it.
     pub(super) back: Option<ReturnPathWriter>,
     pub(super) stop: Stop,
+    /// Bytes that came on page channels of earlier connections.
+    beside_before: u64,
 }
 
 impl Wire {
     pub(super) fn new(connection: DestinationConnection, cancel: &CancelToken) -> Self {
         let back = connection.back.map(ReturnPathWriter::new);
-        Self { link: connection.link, back, stop: Stop::on(cancel) }
+        Self { link: connection.link, back, stop: Stop::on(cancel), beside_before: 0 }
+    }
+
+    /// Bytes that came on page channels, of all connections.
+    pub(super) fn channel_bytes(&self) -> u64 {
+        self.beside_before + self.link.channel_bytes()
+    }
+
+    /// Pages come by another link, and nothing by the present one any more.
+    pub(super) fn replace(&mut self, link: Box<dyn DestinationLink>) {
+        self.beside_before = self.channel_bytes();
+        self.link = link;
     }
 
     /// Sends a message to the source within `time`, if there is a return path.

@@ -148,6 +148,10 @@ impl World {
             pipe.reset = true;
             pipe.bytes.clear();
         }
+        // A network may let the page channels live.
+        if generation == 0 && !self.plan.losses.is_empty() && self.rng.one_in(2) {
+            self.link.reset();
+        }
     }
 
     /// Records the messages that decide about the guest, before the other end can have read them.
@@ -325,7 +329,8 @@ impl ByteSink for SimSink {
 
     fn position(&self) -> u64 {
         let mut world = self.sim.world();
-        let pages = if self.side == Side::Source { world.link.pages_offered } else { 0 };
+        let has_link = self.side == Side::Source && self.generation == 0;
+        let pages = if has_link { world.link.pages_offered } else { 0 };
         world.pipe(self.generation, self.side).sent + pages * PAGE as u64
     }
 

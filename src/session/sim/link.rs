@@ -8,8 +8,10 @@ mod handles;
 mod moves;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Weak};
 
 use super::plan::{Barrier, LateLink, LinkKind, Plan};
+use crate::guest::Placer;
 use crate::observe::PageCounts;
 use crate::ram::{PageBatch, PageBitmap, Piece};
 use crate::transport::{Returned, Ticket};
@@ -47,6 +49,10 @@ pub(super) struct LinkState {
     passes: Vec<u32>,
     /// The destination's threads are running.
     pub(super) receives: bool,
+    /// Where they report what they have placed.
+    placer: Weak<Placer>,
+    /// The source may go on over another connection: what has left when it lets go of this one may arrive all the same.
+    lingers: bool,
     finished: Vec<Returned>,
     tickets: u64,
     open: bool,
@@ -79,6 +85,8 @@ impl LinkState {
             channels: (0..channels).map(|_| VecDeque::new()).collect(),
             passes: vec![0; channels],
             receives: false,
+            placer: Weak::new(),
+            lingers: !plan.losses.is_empty(),
             finished: Vec::new(),
             tickets: 0,
             open: false,
@@ -93,6 +101,16 @@ impl LinkState {
             old_pages: BTreeMap::new(),
             confirmed: plan.blocks.iter().map(|(pages, _)| PageBitmap::new(*pages)).collect(),
         }
+    }
+
+    /// The destination's threads begin.
+    pub(super) fn receives_by(&mut self, placer: &Arc<Placer>) {
+        (self.receives, self.placer) = (true, Arc::downgrade(placer));
+    }
+
+    /// The channels' connections are reset.
+    pub(super) fn reset(&mut self) {
+        (self.failed, self.receives) = (true, false);
     }
 
     /// True if the guest's memory may be registered with a NIC.

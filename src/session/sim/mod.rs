@@ -297,6 +297,8 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::ThrottleWithoutConnection
         | Breakage::SkipResumeFence
         | Breakage::PlaceFromOld
+        | Breakage::KeepOldChannels
+        | Breakage::CountAtEnd
         | Breakage::KeepOldState
         | Breakage::StartWhenResumed => &[],
         Breakage::RegisterUnpromised => &["started with other memory", "differs from the source's"],

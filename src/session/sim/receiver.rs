@@ -16,7 +16,9 @@ const DOING: &str = "waiting for the page channels";
 impl DestinationLink for SimSource {
     fn abilities(&self) -> DestinationAbilities {
         let world = self.sim.world();
-        let page_channels = if world.link.has_barriers() { world.link.placed.len() as u8 } else { 0 };
+        // Only the first connection has some.
+        let has_channels = self.generation == 0 && world.link.has_barriers();
+        let page_channels = if has_channels { world.link.placed.len() as u8 } else { 0 };
         DestinationAbilities { page_channels, ..DestinationAbilities::default() }
     }
 
@@ -25,9 +27,9 @@ impl DestinationLink for SimSource {
     }
 
     /// The world places pages, as the threads of a real link do while the session is busy.
-    fn announce(&mut self, _: &Arc<Placer>, _: &AnnouncedBlocks) -> Result<(), MoveError> {
+    fn announce(&mut self, placer: &Arc<Placer>, _: &AnnouncedBlocks) -> Result<(), MoveError> {
         if self.abilities().page_channels > 0 {
-            self.sim.enter().world.link.receives = true;
+            self.sim.enter().world.link.receives_by(placer);
         }
         Ok(())
     }
@@ -54,8 +56,8 @@ impl DestinationLink for SimSource {
     }
 
     fn placed_pages(&self) -> Vec<PageCounts> {
-        let world = self.sim.world();
-        if world.link.has_barriers() { world.link.placed.clone() } else { Vec::new() }
+        let channels = usize::from(self.abilities().page_channels);
+        self.sim.world().link.placed.iter().take(channels).copied().collect()
     }
 
     fn revoke(&mut self) {

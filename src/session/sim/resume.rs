@@ -98,6 +98,7 @@ fn facts(run: &Run) -> Vec<(&'static str, bool)> {
     let lost = &sent.statistics.lost;
     let marked = |mark| world.marks.contains(&mark);
     let completed = sent.outcome == Outcome::Completed;
+    let channels = world.link.has_barriers();
     // Of the last connection's cache.
     let deltas_go_on = lost.count > 0 && sent.statistics.deltas.cache_size > 0;
     let gave_up = marked(Mark::GaveUp);
@@ -119,6 +120,10 @@ fn facts(run: &Run) -> Vec<(&'static str, bool)> {
         ("cancelled after a loss", marked(Mark::CancelRaised) && lost.count > 0 && !completed),
         ("discarded there", run.arrived.ending == Ending::Discarded),
         ("completed with differences behind a loss", completed && deltas_go_on),
+        ("completed, and began with page channels", completed && lost.count > 0 && channels),
+        ("completed, and a page channel was lost alone", completed && marked(Mark::CallFailed)),
+        ("a lost page was counted at a fence", matches!(run.arrived.error, Some(Error::LostPages(_)))),
+        ("completed, and a lost page was sent again", completed && marked(Mark::Dropped)),
         ("told that the guest stays", gave_up && matches!(run.arrived.error, Some(Error::PeerFailed { .. }))),
         ("told without an outage", gave_up && lost.count == 0),
     ]

@@ -67,8 +67,7 @@ impl SourceSession {
         }
         let position = self.wire.position();
         self.figures.position(position);
-        self.figures.zero_copy(self.wire.link.zero_copy());
-        self.figures.spliced(self.wire.link.spliced());
+        self.note_ways_of_sending();
         if given_away {
             self.end_throttling();
         }
@@ -95,6 +94,16 @@ impl SourceSession {
             released_pages: self.missing.released_pages(),
             not_resumed,
             passed: self.departure.passed.into_blocks(),
+        }
+    }
+
+    /// How pages left, where there is a choice; before the link goes.
+    pub(super) fn note_ways_of_sending(&mut self) {
+        if let Some(counts) = self.wire.link.zero_copy() {
+            self.figures.zero_copy(Some(counts));
+        }
+        if let Some(counts) = self.wire.link.spliced() {
+            self.figures.spliced(Some(counts));
         }
     }
 

@@ -165,7 +165,7 @@ impl SourceSession {
         let position = self.wire.position();
         self.figures.position(position);
         if self.wire.link.page_channels() > 0 {
-            self.figures.channel_bytes(self.wire.link.channel_bytes());
+            self.figures.channel_bytes(self.wire.channel_bytes());
         }
         self.figures.postcopy(position - before);
         let pages_left = self.pages_missing();

@@ -50,6 +50,11 @@ impl Prints {
         }
     }
 
+    /// Pages go in a stream from here on, which makes none.
+    pub(super) fn over_stream(&mut self) {
+        self.by_link = false;
+    }
+
     /// The connection was replaced. What was not told yet is told of `held`, which the destination has, at the end of the next
     /// round; the others are sent again.
     pub(super) fn replaced(&mut self, held: &PageSet) {

@@ -42,7 +42,7 @@ impl SourceSession {
         self.figures.position(position);
         let pages_left = self.pages.dirty.count();
         self.figures.sent(self.driver.clock.now(), bytes, pages_left, self.driver.engine.rate());
-        self.figures.channel_bytes(self.wire.link.channel_bytes());
+        self.figures.channel_bytes(self.wire.channel_bytes());
         self.figures.deltas(self.wire.deltas());
         self.driver.engine.set_unacknowledged(self.wire.link.unacknowledged());
         let guest = self.figures.whole_bytes() - guest_before;

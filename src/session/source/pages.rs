@@ -145,6 +145,14 @@ impl Pages {
         self.aside.sent
     }
 
+    /// Another connection follows, on which all is counted from zero. What had not left is dirty by other means.
+    pub(super) fn forget_connection(&mut self) {
+        self.search = PageSearch::default();
+        self.aside = Aside { any: self.aside.any, ..Aside::default() };
+        self.returned.clear();
+        self.prints.over_stream();
+    }
+
     /// Order 4: the migration failed. The pages in `given_back` and those put aside are dirty, and so are all others
     /// unless the link `confirms` the pages it has placed.
     pub(super) fn give_back(&mut self, given_back: Vec<PageBatch>, confirms: bool, table: &RamBlockTable) {

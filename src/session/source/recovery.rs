@@ -20,7 +20,6 @@ use std::time::{Duration, Instant};
 use crate::engine::{Handover, Lost, SourceEvent};
 use crate::error::{Chain, Remedy};
 use crate::observe::Status;
-use crate::page::PageSearch;
 use crate::ram::{DirtyMap, PageRun, RamBlock};
 use crate::stream::qemu::command::Command;
 use crate::sys::{SendPart, Stop};
@@ -251,9 +250,12 @@ impl SourceSession {
     }
 
     fn drop_connection(&mut self, lost: Lost) {
+        self.note_ways_of_sending();
+        // Order 3. Which of its pages have come is for the destination to say.
+        drop(self.wire.link.reclaim());
         self.close_connection();
         self.missing.forget_connection(&self.guest.memory, self.breakage);
-        self.pages.search = PageSearch::default();
+        self.pages.forget_connection();
         if lost == Lost::BeforeCommit {
             self.lift_throttling();
         }

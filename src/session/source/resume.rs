@@ -44,13 +44,12 @@ pub(super) struct Resumption {
 }
 
 impl SourceSession {
-    /// Our secret, if a lost connection may be followed by another: only a plain stream is taken up again.
+    /// Our secret, if a lost connection may be followed by another. That one is a plain stream.
     pub(super) fn resumption_secret(&mut self) -> Option<[u8; 16]> {
-        let able = self.wire.link.abilities();
-        let plain = able.ordered && !able.registers_memory && self.wire.link.page_channels() == 0;
+        let able = !self.wire.link.abilities().registers_memory;
         let allowed = self.settings.reconnect_timeout > Duration::ZERO && self.missing.recovery.can_connect();
         let other = self.settings.postcopy.is_some() || self.upstream.is_some() || self.may_pass_memory();
-        let secret = (plain && allowed && !other).then(random_id);
+        let secret = (able && allowed && !other).then(random_id);
         self.missing.recovery.resumption.ours = secret;
         secret
     }
@@ -76,7 +75,6 @@ impl SourceSession {
             () if able.registers_memory => "this connection is by RDMA",
             () if handover != Handover::Native => "the destination is a QEMU",
             () if ours.is_some() => "the destination waits for no other connection: it was not asked to",
-            () if self.wire.link.page_channels() > 0 => "this migration has page channels",
             () if self.may_pass_memory() => "this guest's memory is passed",
             () => "this connection is no plain stream",
         };
@@ -84,16 +82,32 @@ impl SourceSession {
         self.figures.shared().tell(EventKind::NotReplaceable { why: why.into() });
     }
 
-    /// All that was sent so far is to be confirmed.
+    /// All that was sent so far is to be confirmed. Its count goes first: what is confirmed is not counted again on another
+    /// connection.
     pub(super) fn send_fence(&mut self) -> Result<(), Error> {
         let Some(unconfirmed) = &mut self.pages.unconfirmed else { return Ok(()) };
         let (number, mut out) = (unconfirmed.fence(), Vec::new());
         if self.breakage.is(Breakage::TrustFence) {
             let _ = unconfirmed.confirmed(number);
         }
+        self.encode_counts(&mut out);
         Command::Native(Order::Fence { number }).encode(&mut out);
         self.wire.send(&out)?;
         Ok(self.wire.flush()?)
+    }
+
+    /// Pages that go beside the stream may be there before the destination has read the first fence in it, and a connection
+    /// that is lost before that is the end: no page leaves before the fence is confirmed.
+    pub(super) fn await_first_fence(&mut self) -> Result<(), Error> {
+        let beside = self.wire.link.page_channels() > 0;
+        let stop = self.wire.stop.within(self.settings.stall_timeout);
+        while beside && self.pages.unconfirmed.as_ref().is_some_and(|sent| !sent.is_any_confirmed()) {
+            let Some(back) = &mut self.wire.back else { return Ok(()) };
+            let message = back.next(&stop)?;
+            self.take_message(message)?;
+            check_deadline(&stop)?;
+        }
+        Ok(())
     }
 
     /// FENCED has come.

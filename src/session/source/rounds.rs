@@ -114,7 +114,7 @@ impl SourceSession {
         self.wire.link.take_latencies(&mut writes);
         self.figures.written(&writes);
         self.figures.deltas(self.wire.deltas());
-        self.figures.channel_bytes(self.wire.link.channel_bytes());
+        self.figures.channel_bytes(self.wire.channel_bytes());
         self.send_fingerprints()?;
         self.send_fence()?;
         let sent = self.wire.position();

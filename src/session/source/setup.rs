@@ -93,11 +93,12 @@ impl SourceSession {
         self.wire.send(&end)?;
         self.wire.link.sink().flush(&self.wire.stop)?;
         self.send_fence()?;
+        self.await_first_fence()?;
         if self.settings.verify == Verify::Full && handover == Handover::Native {
             self.estimate_digest()?;
         }
         let position = self.wire.position();
-        self.figures.channel_bytes(self.wire.link.channel_bytes());
+        self.figures.channel_bytes(self.wire.channel_bytes());
         self.figures.set_up(self.driver.clock.now(), position);
         Ok(SourceEvent::SetUp { handover })
     }

@@ -99,7 +99,7 @@ impl SourceSession {
         self.take_returned()?;
         let mut tail = EOS_RECORD.to_vec();
         self.settings.framing.encode_footer(self.settings.ram_section, &mut tail);
-        self.figures.channel_bytes(self.wire.link.channel_bytes());
+        self.figures.channel_bytes(self.wire.channel_bytes());
         Ok(self.wire.send(&tail)?)
     }
 }

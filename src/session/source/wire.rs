@@ -21,8 +21,9 @@ pub(super) struct Wire {
     pub(super) urgent: Option<Urgent>,
     /// When bytes were last sent to a peer that waits for more.
     last_keepalive: Duration,
-    /// Bytes that were sent on earlier connections.
+    /// Bytes that were sent on earlier connections, and those of them on page channels.
     sent_before: u64,
+    beside_before: u64,
     /// What deltas did there.
     deltas_before: DeltaCounts,
 }
@@ -37,6 +38,7 @@ impl Wire {
             urgent: None,
             last_keepalive: Duration::ZERO,
             sent_before: 0,
+            beside_before: 0,
             deltas_before: DeltaCounts::default(),
         }
     }
@@ -55,6 +57,11 @@ impl Wire {
         self.sent_before + self.link.sink().position() + self.link.channel_bytes() + urgent
     }
 
+    /// Bytes on page channels so far.
+    pub(super) fn channel_bytes(&self) -> u64 {
+        self.beside_before + self.link.channel_bytes()
+    }
+
     /// What deltas did so far, on all connections.
     pub(super) fn deltas(&self) -> DeltaCounts {
         self.deltas_before.followed_by(self.link.deltas())
@@ -63,6 +70,7 @@ impl Wire {
     /// Continues over another connection; the counts continue.
     pub(super) fn replace(&mut self, link: Box<dyn SourceLink>, back: Option<ReturnPath>) {
         self.sent_before = self.position();
+        self.beside_before = self.channel_bytes();
         self.deltas_before = self.deltas();
         (self.link, self.back, self.urgent) = (link, back, None);
     }

@@ -193,11 +193,21 @@ impl SourceLink for SimLink {
         let link = &mut turn.world.link;
         link.failed = true;
         link.registered = false;
-        let inside = std::mem::take(&mut link.channels).into_iter().flatten().filter_map(|item| match item {
-            Item::Batch(batch) => batch.batch,
-            Item::Fence => None,
-        });
-        let mut lost: Vec<_> = inside.collect();
+        let is_unread = |item: &Item| matches!(item, Item::Batch(Batch { bytes: None, .. }));
+        let mut lost = Vec::new();
+        for channel in &mut link.channels {
+            let left = channel.iter().position(is_unread).unwrap_or(channel.len());
+            let unread = channel.split_off(if link.lingers { left } else { 0 });
+            let batches = channel.iter_mut().filter_map(|item| match item {
+                Item::Batch(batch) => batch.batch.take(),
+                Item::Fence => None,
+            });
+            lost.extend(batches);
+            lost.extend(unread.into_iter().filter_map(|item| match item {
+                Item::Batch(batch) => batch.batch,
+                Item::Fence => None,
+            }));
+        }
         lost.extend(link.finished.drain(..).map(|returned| returned.batch));
         if !lost.is_empty() {
             turn.world.mark(Mark::Reclaimed);

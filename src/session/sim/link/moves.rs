@@ -1,13 +1,14 @@
 //! Activity of the late link: batches are read and placed at a time and in an order determined by the seed.
 
-use super::{Batch, Item};
+use super::{Batch, Item, LinkState};
 use crate::guest::MappedGuest;
 use crate::observe::PageCounts;
-use crate::ram::{Piece, Verdict};
+use crate::ram::{PageRun, Piece, Verdict};
 use crate::session::sim::guest::PAGE;
 use crate::session::sim::plan::Side;
 use crate::session::sim::world::{Mark, World};
 use crate::transport::{Receipt, Returned};
+use crate::units::BlockOffset;
 
 impl World {
     /// A batch may be read or placed.
@@ -110,6 +111,7 @@ impl World {
                 continue;
             }
             count(&mut self.link.placed[channel], piece);
+            self.link.report_placed(piece.run);
             let region = self.guest.memory[1].region(piece.run.block).unwrap();
             let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
             let span = region.span(start, len).unwrap();
@@ -132,6 +134,15 @@ impl World {
         if self.link.open && self.link.kind.is_some_and(|link| link.exclusive) {
             self.violation("bytes were sent while a round of an exclusive link was open");
         }
+    }
+}
+
+impl LinkState {
+    /// As the thread of a page channel does behind the bytes, in the same step.
+    fn report_placed(&self, run: PageRun) {
+        let Some(placer) = self.placer.upgrade() else { return };
+        let (offset, bytes) = (BlockOffset(run.first.0 * PAGE as u64), run.pages * PAGE as u64);
+        placer.commit(placer.admit(run.block, offset, bytes).unwrap());
     }
 }
 

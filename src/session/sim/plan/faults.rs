@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Anchor, Fault, LinkKind, Loss, PeerKind, Plan, Rng, Side, Wire};
+use super::{Anchor, Fault, LinkKind, Loss, PeerKind, Plan, Rng, Side, Wire, draw_drop};
 
 pub(super) fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
     let from = rng.pick(&[Side::Source, Side::Target]);
@@ -56,14 +56,22 @@ pub(super) fn draw_fault(rng: &mut Rng, total_pages: u64, link: LinkKind) -> Opt
 }
 
 impl Plan {
-    /// A seed's guest that goes to a ramwire by a plain stream, whose connections are lost again and again.
+    /// A seed's guest that goes to a ramwire by a plain stream, or first with page channels, whose connections are lost again
+    /// and again.
     pub(in crate::session::sim) fn lossy(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x1055);
         let plan = Self::of(seed);
         let batch_pages = rng.pick(&[1, 7, 64]);
+        let link = match plan.link {
+            LinkKind::Late(link) if link.barrier.is_some() => plan.link,
+            _ => LinkKind::Inline { batch_pages },
+        };
+        let channels = matches!(link, LinkKind::Late(_));
         let fault = match rng.below(8) {
             0 => Some(Fault::Cancel { side: Side::Source, anchor: Anchor::Start, at: rng.below(1500) }),
             1 => Some(Fault::Kill { anchor: Anchor::Start, at: rng.below(1500) }),
+            // A page channel alone.
+            2 | 3 if channels => Some(Fault::Link { call: rng.below_one_of(&[20, 80]) }),
             _ => None,
         };
         let losses =
@@ -72,11 +80,11 @@ impl Plan {
             losses,
             delta_pages: Rng::new(seed ^ 0xde17a).pick(&[0, 16, 128]),
             peer: rng.pick(&[PeerKind::Greeted, PeerKind::Ramwire]),
-            link: LinkKind::Inline { batch_pages },
+            drops: draw_drop(seed, link, PeerKind::Ramwire),
+            link,
             watched: false,
             fault,
             also: None,
-            drops: None,
             not_resumed: false,
             hint_every: 0,
             plugs: Vec::new(),
@@ -93,7 +101,9 @@ impl Plan {
         let first = Loss { from, anchor, at: lossy.total_pages() * 2000, wire };
         // Within the first page.
         let later = Loss { from, anchor, at: 600, wire };
-        Self { losses: vec![first, later], lost_for_ever: true, fault: None, zero_every: 1000, ..lossy }
+        let link = LinkKind::Inline { batch_pages: 7 };
+        let losses = vec![first, later];
+        Self { losses, lost_for_ever: true, link, drops: None, fault: None, zero_every: 1000, ..lossy }
     }
 }
 
