@@ -36,7 +36,8 @@ pub(super) struct ReconnectArgs {
     /// other connection has no page channels. 0: the loss is the end
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
     reconnect: Duration,
-    /// With --reconnect: another address of the same destination, tried in turn with the first; repeat for more
+    /// With --reconnect: another address of the same destination, tried in turn with the first; repeat for more. After an
+    /// rdma: connection the migration goes on at a tcp: one; an auto: address has one of its own
     #[arg(long, value_name = "URI", requires = "reconnect")]
     pub(super) fallback: Vec<Address>,
     /// With --postcopy: send pages that are waited for on a connection of their own (QEMU: capability postcopy-preempt, also

@@ -80,6 +80,10 @@ pub(super) struct Args {
     /// --reconnect). 0: the loss is the end
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = seconds)]
     reconnect: Duration,
+    /// With --reconnect: where to listen besides for the connections after the first, for instance tcp:HOST:PORT for a source
+    /// that comes by rdma: and goes on by TCP. An auto: address needs none
+    #[arg(long, value_name = "URI", requires = "reconnect")]
+    fallback: Option<Address>,
     /// Print one JSON object instead of a report
     #[arg(long)]
     pub(in crate::cli) json: bool,
@@ -193,7 +197,12 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let _monitor = args.qmp.serve("receive", &Arc::new(subject))?;
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
-    let mut listener = Listener::bind(&args.tls.at(&args.uri)?, allow, &stop)?;
+    let mut listener = Listener::bind(&args.tls.at(&args.uri)?, allow.clone(), &stop)?;
+    let fallback = args.fallback.as_ref().map(|uri| {
+        let listener = Listener::bind(&args.tls.at(uri)?, allow, &stop)?;
+        Ok::<_, Box<dyn std::error::Error>>(listener)
+    });
+    let fallback = fallback.transpose()?;
     if let Some(warning) = listener.warning() {
         let remedy = match (listener.address().tls(), listener.address().scheme()) {
             (Some(_), _) => String::new(),
@@ -206,6 +215,9 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         note!("ramwire receive: TCP only: {why}");
     }
     listener.on_stranger(|why| note!("ramwire receive: {why}"));
+    for address in fallback.iter().flat_map(Listener::addresses) {
+        note!("listening for connections after the first on {address}");
+    }
     for address in listener.addresses() {
         note!("listening on {address}");
     }
@@ -215,7 +227,8 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let passed = args.cpr.as_deref().map(|path| passed_memory(path, &options.stream, &stop)).transpose()?;
     let connection = listener.accept_connection(&options, &stop)?;
     // Only one migration: no other connection is accepted but further ones of its source.
-    let listener = Some(listener).filter(|_| !args.reconnect.is_zero());
+    let listener = fallback.or(Some(listener).filter(|listener| listener.address().scheme() != "rdma"));
+    let listener = listener.filter(|_| !args.reconnect.is_zero());
     if connection.chosen.transport == "rdma" {
         guest = guest.written_by_nic()?;
     }

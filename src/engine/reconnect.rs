@@ -32,6 +32,8 @@ pub(crate) struct Unconfirmed {
     rounds: VecDeque<Fenced>,
     /// Pages since the last fence.
     open: PageSet,
+    /// Pages whose last state the link has placed, as it knows itself: no fence is needed. `None`: it knows of none.
+    placed: Option<PageSet>,
     last_fence: u64,
     confirmed: u64,
 }
@@ -59,12 +61,27 @@ impl Unconfirmed {
     /// Nothing was sent.
     pub(crate) fn new(table: &RamBlockTable) -> Self {
         let empty = PageSet::new(table);
-        Self { open: empty.clone(), empty, rounds: VecDeque::new(), last_fence: 0, confirmed: 0 }
+        Self {
+            open: empty.clone(),
+            placed: None,
+            empty,
+            rounds: VecDeque::new(),
+            last_fence: 0,
+            confirmed: 0,
+        }
     }
 
     /// These pages are about to be sent.
     pub(crate) fn sent(&mut self, run: PageRun) {
         self.open.add(run);
+        if let Some(placed) = &mut self.placed {
+            placed.remove(run);
+        }
+    }
+
+    /// The link has placed what was sent last of these pages.
+    pub(crate) fn placed(&mut self, run: PageRun) {
+        self.placed.get_or_insert_with(|| self.empty.clone()).add(run);
     }
 
     /// A fence is sent now: its number.
@@ -120,6 +137,12 @@ impl Unconfirmed {
         for round in &rounds {
             for run in round.pages.runs() {
                 again.missing.add(run);
+            }
+        }
+        for page in self.placed.take().iter().flat_map(PageSet::runs).flat_map(PageRun::each) {
+            if again.missing.contains(page.block, page.first) {
+                again.missing.remove(page);
+                again.held.add(page);
             }
         }
         // Those of one round can be told apart: each was sent once.
@@ -265,6 +288,22 @@ mod tests {
         sent.sent(run(6, 1));
         let again = sent.replaced(&set(&[(5, 1), (6, 1)]));
         assert_eq!((pages(&again.missing), pages(&again.held)), (vec![6, 20], vec![5]));
+    }
+
+    /// A NIC's completion counts for the state that it has written, and for no later one.
+    #[test]
+    fn what_the_link_has_placed_is_not_sent_again() {
+        let mut sent = two_rounds();
+        sent.placed(run(5, 2));
+        sent.placed(run(30, 1));
+        sent.fence();
+        sent.sent(run(6, 1));
+        sent.sent(run(40, 2));
+        sent.placed(run(41, 1));
+        let again = sent.replaced(&set(&[]));
+        assert_eq!((pages(&again.missing), pages(&again.held)), (vec![6, 20, 40], vec![5, 41]));
+        sent.sent(run(5, 1));
+        assert_eq!(pages(&sent.replaced(&set(&[])).missing), [5], "it was placed before that");
     }
 
     #[test]

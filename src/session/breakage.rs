@@ -109,6 +109,10 @@ pub(super) enum Breakage {
     CountAtEnd,
     /// Order 14: page channels of the old connection place pages after the destination has gone on over another.
     KeepOldChannels,
+    /// After a lost connection the source takes pages for received that a NIC was to write, and has not confirmed.
+    TrustPosted,
+    /// Order 8: the destination goes on over another connection while the old one's keys are valid.
+    KeepOldKeys,
     /// The destination keeps the device state that came before a lost connection.
     KeepOldState,
     /// The destination starts the guest when the source connects again behind READY.
@@ -184,7 +188,7 @@ impl Breakage {
 
     /// What the simulation of lost connections switches off.
     #[cfg(test)]
-    pub(super) const OF_LOSSES: [Self; 13] = [
+    pub(super) const OF_LOSSES: [Self; 15] = [
         Self::EndUnacknowledged,
         Self::TrustFence,
         Self::ThrottleWithoutConnection,
@@ -197,6 +201,8 @@ impl Breakage {
         Self::StartWhenResumed,
         Self::ResumeAfterLoss,
         Self::KeepOldChannels,
+        Self::KeepOldKeys,
+        Self::TrustPosted,
         Self::CountAtEnd,
     ];
 

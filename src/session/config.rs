@@ -119,8 +119,9 @@ pub struct SourceSettings {
     /// How long a connection to a ramwire that is lost before the guest runs there may be followed by another, in all until a
     /// round is confirmed behind the loss, as defined by [`SourceSession::with_reconnect`](super::SourceSession::with_reconnect). Meanwhile the guest
     /// runs on here, unless it was handed over. The destination must wait for it
-    /// ([`DestinationSettings::reconnect_timeout`]); otherwise, and over RDMA, where memory is passed and
-    /// where the migration may switch to postcopy, a loss is the end. The connections that follow have no page channels. It is the end as well before the destination has
+    /// ([`DestinationSettings::reconnect_timeout`]); otherwise, and where memory is passed and where
+    /// the migration may switch to postcopy, a loss is the end. The connections that follow are byte streams without page
+    /// channels, also after one by RDMA. It is the end as well before the destination has
     /// confirmed the setup. 0: it always is.
     pub reconnect_timeout: Duration,
     /// The kind of the peer, if the caller knows it; otherwise the greeting finds it out. A ramwire is greeted in

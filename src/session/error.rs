@@ -277,6 +277,12 @@ impl Error {
     }
 
     /// True if a deadline passed that the caller itself had set.
+    /// True if a connection has ended, or its device failed: another one, by another way, may do.
+    pub(super) fn is_of_connection(&self) -> bool {
+        self.kind() == ErrorKind::Channel || matches!(self, Self::Channel(ChannelError::Rdma { .. }))
+    }
+
+    /// True if the time of a wait was over.
     pub(super) fn is_deadline(&self) -> bool {
         use crate::sys::StopReason;
         matches!(self, Self::Channel(ChannelError::Stopped { reason: StopReason::Deadline, .. }))

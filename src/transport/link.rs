@@ -234,12 +234,13 @@ pub trait DestinationLink: Send + Sealed {
     /// [`MoveError`]: a block that the peer can't write to, or no thread could be started.
     fn announce(&mut self, placer: &Arc<Placer>, blocks: &AnnouncedBlocks) -> Result<(), MoveError>;
 
-    /// The mark of a round has been read: serves the peer until the round is over. All its pages are in memory then.
+    /// The mark of a round has been read: serves the peer until the round is over. All its pages are in memory then. `None`:
+    /// the peer has sent no message for `pause`; the next call goes on with the round.
     ///
     /// # Errors
     /// [`MoveError`].
-    fn receive_round(&mut self, _stop: &Stop) -> Result<RoundReceived, MoveError> {
-        Ok(RoundReceived::default())
+    fn receive_round(&mut self, _stop: &Stop, _pause: Duration) -> Result<Option<RoundReceived>, MoveError> {
+        Ok(Some(RoundReceived::default()))
     }
 
     /// The stream has reached a barrier: waits until every page channel has.

@@ -7,6 +7,7 @@
 mod common;
 
 mod auto;
+mod failover;
 mod relay;
 mod stopped;
 #[cfg(feature = "tls")]

@@ -6,7 +6,7 @@ mod silence;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::blocks::{DestinationBlocks, RamBlock};
 use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
@@ -85,7 +85,11 @@ pub struct DestinationHooks {
     exchanged: bool,
     touched_bytes: Arc<AtomicU64>,
     rounds: u32,
+    /// The round that is open, while it is not served.
+    open: Option<RoundSummary>,
     silence: Option<Duration>,
+    /// What the devices had received, and when, when the source fell silent.
+    quiet: Option<(Option<u64>, Instant)>,
     /// The devices' count of what they had received before the source could send.
     mark: Option<u64>,
 }
@@ -151,6 +155,8 @@ impl DestinationHooks {
                 exchanged: false,
                 touched_bytes: Arc::default(),
                 rounds: 0,
+                open: None,
+                quiet: None,
                 mark: None,
             };
             let within = stop.within(hooks.stream.channel.now(), QUEUES_TIMEOUT);
@@ -217,15 +223,34 @@ impl DestinationHooks {
     ///
     /// Anything: the migration is over, and memory is in an undefined state.
     pub fn registration_handle(&mut self, stop: &Stop) -> Result<RoundSummary, HooksError> {
-        let mut summary = RoundSummary::default();
-        self.rounds += 1;
         loop {
-            let (slot, request) = self.next_request(stop)?;
+            if let Some(summary) = self.serve_round(stop, Duration::MAX)? {
+                return Ok(summary);
+            }
+        }
+    }
+
+    /// As [`registration_handle`](Self::registration_handle); returns `None` after `pause` without a message, for a caller
+    /// that has something else to look after. The next call goes on with the round.
+    ///
+    /// # Errors
+    ///
+    /// As [`registration_handle`](Self::registration_handle).
+    pub fn serve_round(&mut self, stop: &Stop, pause: Duration) -> Result<Option<RoundSummary>, HooksError> {
+        let mut summary = self.open.take().unwrap_or_else(|| {
+            self.rounds += 1;
+            RoundSummary::default()
+        });
+        loop {
+            let Some((slot, request)) = self.next_request(stop, pause)? else {
+                self.open = Some(summary);
+                return Ok(None);
+            };
             let reply = match request {
                 Message::RegisterFinished => {
                     self.stream.done(slot, None, stop)?;
                     self.wait_for_fences(stop)?;
-                    return Ok(summary);
+                    return Ok(Some(summary));
                 }
                 Message::RamBlocksRequest => {
                     summary.blocks_exchanged = true;

@@ -262,13 +262,21 @@ fn receive(args: &Args, listens: &Cell<bool>) -> Result<Verdict, Failure> {
     let scratch = args.uri.path().map(Scratch::make).transpose()?;
     let mut listener = Listener::bind(&args.tls.of_destination(&args.uri)?, AllowList::default(), &stop)?;
     result_line!("{}", listener.address());
+    // If the device fails, the migration goes on by TCP.
+    let host = args.uri.host_and_port().filter(|_| args.uri.scheme() == "rdma").map(|(host, _)| host);
+    let fallback = host.map(|host| args.tls.of_destination(&Address::tcp(host, 0))).transpose()?;
+    let fallback =
+        fallback.map(|address| Listener::bind(&address, AllowList::default(), &stop)).transpose()?;
+    if let Some(fallback) = &fallback {
+        result_line!("{}", fallback.address());
+    }
     listens.set(true);
     let stop_waiting = stop.within(Duration::from_secs(60));
     let mut settings = DestinationSettings::default();
     settings.postcopy = args.postcopy;
     settings.take_memory = args.same_host;
     settings.vcpu_threads = guest.vcpu_threads();
-    if args.cut > 0 && !args.postcopy {
+    if (args.cut > 0 || fallback.is_some()) && !args.postcopy {
         settings.reconnect_timeout = super::RECONNECT;
     }
     let cuts = Cuts::new(args.cut, &memory, args.postcopy);
@@ -287,7 +295,14 @@ fn receive(args: &Args, listens: &Cell<bool>) -> Result<Verdict, Failure> {
             Some(passed) => arriving(passed, &*guest),
             None => arriving(Zeroed(memory), &*guest),
         };
-        DestinationSession::new(arriving, connection, settings)
+        let session = DestinationSession::new(arriving, connection, settings);
+        match fallback {
+            Some(mut fallback) => {
+                let next = move |stop: &Stop| fallback.accept(&local_options(), stop);
+                session.with_next_connection(Box::new(next))
+            }
+            None => session,
+        }
     };
     cuts.follow(&session.statistics());
     let runs_since = Arc::new(OnceLock::new());

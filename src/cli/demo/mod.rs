@@ -233,7 +233,7 @@ const FAILED_VERDICT_TIMEOUT: Duration = Duration::from_secs(2);
 type Failure = Box<dyn std::error::Error>;
 
 fn demo(args: &Args) -> Result<Exit, Failure> {
-    let settings = settings(args)?;
+    let mut settings = settings(args)?;
     let postcopy = settings.postcopy.is_some();
     let blocks = BlockSpec::list(args.ram, args.hugepages, &args.block).map_err(Usage)?;
     check_room(args, &blocks)?;
@@ -249,7 +249,10 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     guest.control().resume()?;
     let run = args.description(&way, memory.table());
     let source = SourceGuest { memory, dirty: vec![choice.source.clone()], control: guest.control() };
-    let again = Redial::new(way.address.clone(), local_options());
+    let again = Redial::new(way.address.clone(), local_options()).with_fallbacks(way.fallback.clone());
+    if way.fallback.is_some() {
+        settings.reconnect_timeout = RECONNECT;
+    }
     let session = SourceSession::new(source, connection, settings)
         .with_statistics(statistics)
         .with_cancel(cancel)

@@ -43,6 +43,8 @@ pub(super) struct Way {
     pub(super) destination: Process,
     /// The address of the destination.
     pub(super) address: Address,
+    /// Where the migration goes on if the RDMA device fails.
+    pub(super) fallback: Option<Address>,
     _link: Option<SlowLink>,
     _scratch: Option<Scratch>,
 }
@@ -60,6 +62,10 @@ impl Way {
             let scratch = address.path().map(Scratch::of);
             let mut destination = Process::start(address, args, blocks, postcopy)?;
             let (address, link) = through_link(destination.address()?, args.link_rate)?;
+            let fallback = match address.scheme() {
+                "rdma" => Some(args.tls.of_source(destination.address()?)?),
+                _ => None,
+            };
             let address = args.tls.of_source(address)?;
             let mut options = ConnectionOptions::default();
             options.stream = local_options();
@@ -69,7 +75,8 @@ impl Way {
             let memory = Arc::clone(memory);
             let stop = within.map_or_else(|| stop.clone(), |within| stop.within(within));
             let connection = open_source(&address, memory, &options, &stop)?;
-            Ok((Self { transport, why, destination, address, _link: link, _scratch: scratch }, connection))
+            let way = Self { transport, why, destination, address, fallback, _link: link, _scratch: scratch };
+            Ok((way, connection))
         };
         let rdma = |why: &str, within| {
             // Both ends lock their own copy, each in a process of its own.

@@ -48,7 +48,7 @@ use crate::session::config::DestinationSettings;
 use crate::session::digest::{Digest, carried};
 use crate::session::handle::Canceller;
 use crate::session::workers::Spawner;
-use crate::session::{Breakage, Error, ErrorKind};
+use crate::session::{Breakage, Error};
 use arrivals::Connections;
 use counts::SourceReports;
 use driver::Driver;
@@ -297,7 +297,7 @@ impl DestinationSession {
         let error = self.postcopy_failure(error);
         tracing::warn!(error = %Chain(&error), at = reader.at, "destination failed");
         let overdue = error.is_deadline() && self.driver.time_left() == Some(Duration::ZERO);
-        let lost = error.kind() == ErrorKind::Channel && self.may_resume();
+        let lost = error.is_of_connection() && self.may_resume();
         let left = self.reported.left;
         self.error.get_or_insert(error);
         if let Some(event) = self.relayed_loss() {

@@ -19,6 +19,7 @@ use rustix::net::Shutdown;
 use crate::engine::{Agreement, DestinationEvent};
 use crate::error::{Chain, Remedy};
 use crate::ram::page_bits;
+use crate::session::callback::quietly;
 use crate::session::{Breakage, Error};
 use crate::stream::native::{Answer, Hello, Order, Purpose, Resume};
 use crate::stream::qemu::command::{Command, HEAD_LEN, decode_command};
@@ -199,6 +200,17 @@ fn first_message(source: &mut dyn ByteSource) -> Result<Resume, Error> {
     }
 }
 
+/// Placeholder for a connection that is gone.
+struct Gone;
+
+impl crate::transport::Sealed for Gone {}
+
+impl ByteSource for Gone {
+    fn recv(&mut self, _into: &mut [RecvPart<'_>], _stop: &Stop) -> Result<usize, ChannelError> {
+        Err(ChannelError::Closed { peer: "the source".into(), doing: DOING })
+    }
+}
+
 impl DestinationSession {
     /// The source of further connections, in tests.
     #[cfg(test)]
@@ -209,10 +221,9 @@ impl DestinationSession {
     /// HELLO: whether a lost connection may be followed by another. Returns our secret if it may.
     pub(super) fn agree_on_resumption(&mut self, theirs: &Hello) -> Option<[u8; 16]> {
         let able = self.wire.link.abilities();
-        let able = !able.has_rounds && !able.on_demand;
         let waits = self.settings.reconnect_timeout > Duration::ZERO && self.resumption.further.is_some();
         let other = theirs.passes || theirs.urgent || self.ingest.is_watched();
-        let secret = theirs.secret.filter(|_| able && waits && !other)?;
+        let secret = theirs.secret.filter(|_| !able.on_demand && waits && !other)?;
         let ours = Agreement { migration_id: theirs.migration_id, secret: random_id(), attempt: 0 };
         self.resumption.agreed = Some(Agreed { ours, theirs: secret, fence: 0 });
         Some(ours.secret)
@@ -277,9 +288,23 @@ impl DestinationSession {
         if LOOK_INTERVAL.saturating_mul(self.resumption.looks) >= after {
             return Err(ChannelError::Stalled { peer: peer(), doing: DOING, after }.into());
         }
+        self.has_come_again()
+    }
+
+    /// How long this end waits for a silent source before it looks whether it has connected again.
+    pub(super) fn look_interval(&self) -> Duration {
+        if self.may_resume() { LOOK_INTERVAL } else { Duration::MAX }
+    }
+
+    /// Looks whether the source has connected again, while the old connection seems to be there.
+    ///
+    /// # Errors
+    /// It has: the old one is given up.
+    pub(super) fn has_come_again(&mut self) -> Result<(), Error> {
         if let Ok(accepted) = self.resumption.accept(&Stop::never().within(LOOK_TIME)) {
             self.resumption.early = Some(accepted);
-            return Err(ChannelError::Closed { peer: peer(), doing: "it has connected again" }.into());
+            let (peer, doing) = ("the source".into(), "it has connected again");
+            return Err(ChannelError::Closed { peer, doing }.into());
         }
         Ok(())
     }
@@ -311,13 +336,10 @@ impl DestinationSession {
         if let Some(connection) = self.wire.link.stream().descriptor() {
             let _ = rustix::net::shutdown(connection, Shutdown::Both);
         }
-        // Orders 8 and 14: what comes beside the stream places nothing any more.
-        if !self.breakage.is(Breakage::KeepOldChannels) {
-            self.wire.link.revoke();
-        }
         if let Some(back) = &self.wire.back {
             back.replace(None);
         }
+        self.drop_link();
         let bound = self.driver.engine.is_bound();
         let stop = if bound { Stop::never() } else { Stop::on(&self.driver.cancel_token()) };
         // The source may notice the loss as much later.
@@ -341,6 +363,21 @@ impl DestinationSession {
                 }
                 Ok(DestinationEvent::Failed)
             }
+        }
+    }
+
+    /// Orders 8 and 14: nothing that comes beside the stream is placed any more. Page channels end, keys and queue pairs are
+    /// destroyed.
+    fn drop_link(&mut self) {
+        let registered = self.wire.link.abilities().has_rounds;
+        let order = if registered { Breakage::KeepOldKeys } else { Breakage::KeepOldChannels };
+        if !self.breakage.is(order) {
+            self.wire.link.revoke();
+        }
+        self.wire.replace(Box::new(InlineDestination::new(Box::new(Gone))));
+        // Order 7.
+        if registered {
+            quietly("allowing discards", || _ = self.guest.control.forbid_discard(false));
         }
     }
 

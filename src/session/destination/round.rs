@@ -53,7 +53,13 @@ impl DestinationSession {
         if !self.wire.link.abilities().has_rounds {
             return Err(out_of_turn("the mark of a round", "a stream that has none"));
         }
-        let round = self.wire.link.receive_round(&self.wire.stop)?;
+        let round = loop {
+            let pause = self.look_interval();
+            match self.wire.link.receive_round(&self.wire.stop, pause)? {
+                Some(round) => break round,
+                None => self.has_come_again()?,
+            }
+        };
         self.reported.zero_in_rounds += round.zero_bytes;
         let placing = self.ingest.placing()?;
         let page = placing.memory().table().page().bytes();

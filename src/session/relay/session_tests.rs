@@ -178,11 +178,11 @@ impl DestinationLink for NicDestination {
         Ok(())
     }
 
-    fn receive_round(&mut self, _stop: &Stop) -> Result<RoundReceived, MoveError> {
+    fn receive_round(&mut self, _stop: &Stop, _: Duration) -> Result<Option<RoundReceived>, MoveError> {
         self.owes_word = true;
         let _ = self.serving.send(());
         let touched = self.ended.recv_timeout(WAIT).map_err(|_| closed("serving a round"))?;
-        Ok(RoundReceived { touched, zero_bytes: 0 })
+        Ok(Some(RoundReceived { touched, zero_bytes: 0 }))
     }
 
     fn revoke(&mut self) {}

@@ -148,7 +148,7 @@ impl World {
             pipe.reset = true;
             pipe.bytes.clear();
         }
-        // A network may let the page channels live.
+        // A network may let the page channels, or a NIC, live.
         if generation == 0 && !self.plan.losses.is_empty() && self.rng.one_in(2) {
             self.link.reset();
         }
@@ -280,7 +280,7 @@ impl crate::transport::Sealed for SimSink {}
 impl ByteSink for SimSink {
     fn send(&mut self, parts: &[SendPart<'_>], stop: &Stop) -> Result<(), ChannelError> {
         let mut turn = self.sim.enter();
-        if self.side == Side::Source {
+        if self.side == Side::Source && self.generation == 0 {
             turn.world.link_sees_bytes();
         }
         let position = turn.world.pipe(self.generation, self.side).sent;

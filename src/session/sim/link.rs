@@ -53,6 +53,10 @@ pub(super) struct LinkState {
     placer: Weak<Placer>,
     /// The source may go on over another connection: what has left when it lets go of this one may arrive all the same.
     lingers: bool,
+    /// It has let go, and the network is slow.
+    let_go: bool,
+    /// The destination's keys are gone.
+    revoked: bool,
     finished: Vec<Returned>,
     tickets: u64,
     open: bool,
@@ -87,6 +91,8 @@ impl LinkState {
             receives: false,
             placer: Weak::new(),
             lingers: !plan.losses.is_empty(),
+            let_go: false,
+            revoked: false,
             finished: Vec::new(),
             tickets: 0,
             open: false,
@@ -106,6 +112,16 @@ impl LinkState {
     /// The destination's threads begin.
     pub(super) fn receives_by(&mut self, placer: &Arc<Placer>) {
         (self.receives, self.placer) = (true, Arc::downgrade(placer));
+    }
+
+    /// The destination's keys are destroyed, and its queue pairs: no write lands any more, and the source's fail.
+    pub(super) fn revoke(&mut self) {
+        (self.failed, self.revoked) = (true, true);
+    }
+
+    /// A NIC writes with keys that the destination's session takes back. Elsewhere they last until everything has ended.
+    pub(super) fn has_keys(&self) -> bool {
+        self.lingers && self.registers()
     }
 
     /// The channels' connections are reset.
@@ -167,6 +183,11 @@ impl LinkState {
     /// Number of batches that the source waits for.
     fn inside(&self) -> usize {
         if self.has_barriers() { self.tickets_out() } else { self.under_way() }
+    }
+
+    /// Number of batches that must not outlive the source's link. What a network still has may.
+    fn must_be_back(&self) -> usize {
+        if self.lingers { self.tickets_out() } else { self.inside() }
     }
 
     /// Pages of `block` that were reported written no longer count as at the destination.

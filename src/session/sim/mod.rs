@@ -298,6 +298,8 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::SkipResumeFence
         | Breakage::PlaceFromOld
         | Breakage::KeepOldChannels
+        | Breakage::KeepOldKeys
+        | Breakage::TrustPosted
         | Breakage::CountAtEnd
         | Breakage::KeepOldState
         | Breakage::StartWhenResumed => &[],

@@ -19,7 +19,8 @@ impl DestinationLink for SimSource {
         // Only the first connection has some.
         let has_channels = self.generation == 0 && world.link.has_barriers();
         let page_channels = if has_channels { world.link.placed.len() as u8 } else { 0 };
-        DestinationAbilities { page_channels, ..DestinationAbilities::default() }
+        let has_rounds = self.generation == 0 && world.link.has_keys();
+        DestinationAbilities { page_channels, has_rounds, ..DestinationAbilities::default() }
     }
 
     fn stream(&mut self) -> &mut dyn ByteSource {
@@ -61,8 +62,12 @@ impl DestinationLink for SimSource {
     }
 
     fn revoke(&mut self) {
-        if self.abilities().page_channels > 0 {
+        let able = self.abilities();
+        if able.page_channels > 0 {
             self.sim.enter().world.link.receives = false;
+        }
+        if able.has_rounds {
+            self.sim.enter().world.link.revoke();
         }
     }
 

@@ -107,6 +107,11 @@ impl SourceSession {
         let begun = Instant::now();
         let mut bytes = self.pages.bytes_of(batch.whole_pages(), batch.zero_pages());
         let (now, before) = (self.driver.clock.now(), self.wire.position());
+        if let Some(unconfirmed) =
+            self.pages.unconfirmed.as_mut().filter(|_| self.breakage.is(Breakage::TrustPosted))
+        {
+            batch.pieces().iter().for_each(|piece| unconfirmed.placed(piece.run));
+        }
         let mut batch = batch;
         loop {
             match self.wire.link.offer(batch, &self.wire.stop)? {
@@ -175,6 +180,7 @@ impl SourceSession {
             debug_assert!(matches!(returned.receipt, Receipt::Released | Receipt::Placed));
             self.figures.counted(&returned.batch);
             found_zero += returned.batch.zero_pages();
+            self.pages.has_placed(&returned);
             self.pages.done_with(returned.batch);
         }
         self.pages.returned = batches;

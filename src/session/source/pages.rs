@@ -5,9 +5,9 @@ use std::time::Duration;
 use crate::engine::{Pace, Unconfirmed};
 use crate::observe::PageCounts;
 use crate::page::PageSearch;
-use crate::ram::{DirtyMap, PageBatch, PageRun, RamBlockTable};
+use crate::ram::{DirtyMap, PageBatch, PageRun, RamBlockTable, Verdict};
 use crate::session::Breakage;
-use crate::transport::Returned;
+use crate::transport::{Receipt, Returned};
 use crate::units::{BlockIndex, PageIndex};
 
 use super::fingerprints::Prints;
@@ -145,6 +145,17 @@ impl Pages {
         self.aside.sent
     }
 
+    /// A link has finished with a batch. Whole pages that it has placed are there; zero ones it only sends.
+    pub(super) fn has_placed(&mut self, returned: &Returned) {
+        let Some(unconfirmed) = &mut self.unconfirmed else { return };
+        if returned.receipt == Receipt::Placed {
+            let pieces = returned.batch.pieces().iter();
+            pieces
+                .filter(|piece| piece.verdict == Verdict::Whole)
+                .for_each(|piece| unconfirmed.placed(piece.run));
+        }
+    }
+
     /// Another connection follows, on which all is counted from zero. What had not left is dirty by other means.
     pub(super) fn forget_connection(&mut self) {
         self.search = PageSearch::default();
@@ -203,7 +214,7 @@ mod tests {
     use super::*;
     use crate::engine::BandwidthLimit;
     use crate::guest::GuestMemory;
-    use crate::ram::{ClearShift, Verdict};
+    use crate::ram::ClearShift;
     use crate::session::tests::guest;
 
     const PAGES: u64 = 64;

@@ -32,7 +32,7 @@ use super::peer::refuse_verdict;
 use super::redial::{NewConnection, Reconnect};
 use super::resume::Resumption;
 use super::return_path::{PeerMessage, ReturnPath, check_deadline};
-use crate::session::callback::named;
+use crate::session::callback::{named, quietly};
 use crate::session::connection::Attempt;
 use crate::session::{Breakage, Error, ErrorKind};
 
@@ -84,7 +84,7 @@ impl Recovery {
     }
 
     pub(super) fn can_connect(&self) -> bool {
-        self.reconnect.is_some()
+        self.reconnect.as_ref().is_some_and(|reconnect| reconnect.may_connect())
     }
 
     /// If the connection that was made last led nowhere, the next may go elsewhere.
@@ -139,6 +139,7 @@ impl SourceSession {
         let no_answer = matches!(error, Error::NoAnswer { .. });
         self.driver.engine.may_recover()
             && match error.kind() {
+                _ if error.is_of_connection() && !self.driver.engine.is_postcopy() => agreeing || !no_answer,
                 ErrorKind::Channel => agreeing || !no_answer,
                 // An operator closed it: nothing else cancels a wait after the switch.
                 ErrorKind::Cancelled => self.driver.engine.is_postcopy(),
@@ -251,9 +252,14 @@ impl SourceSession {
 
     fn drop_connection(&mut self, lost: Lost) {
         self.note_ways_of_sending();
-        // Order 3. Which of its pages have come is for the destination to say.
+        let registered = self.wire.link.abilities().registers_memory;
+        // Order 3. What is not confirmed is for the destination to say.
         drop(self.wire.link.reclaim());
         self.close_connection();
+        // Order 7.
+        if registered {
+            quietly("allowing discards", || _ = self.guest.control.forbid_discard(false));
+        }
         self.missing.forget_connection(&self.guest.memory, self.breakage);
         self.pages.forget_connection();
         if lost == Lost::BeforeCommit {

@@ -35,6 +35,12 @@ pub trait Reconnect: Send {
     /// [`OpenError`]. It is called again, for as long as the migration's settings allow.
     fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError>;
 
+    /// False if no call of [`connect`](Self::connect) without an address can succeed, so that the loss of the connection is
+    /// the end.
+    fn may_connect(&self) -> bool {
+        true
+    }
+
     /// The connection that was made last led nowhere: it was lost, or nothing came on it, before the destination had agreed to
     /// go on. Called before the next attempt, which may go elsewhere; by default nothing happens.
     fn led_nowhere(&mut self) {}
@@ -50,8 +56,8 @@ pub struct Redial {
 }
 
 impl Redial {
-    /// Connects to `address`, a `tcp:` or `unix:` one; for `auto:` to the TCP address. A later address uses TLS if this
-    /// one does.
+    /// Connects to `address`, a `tcp:` or `unix:` one; for `auto:` to the TCP address. Any other, such as `rdma:`, exists
+    /// only once, and is left for [others](Self::with_fallbacks). A later address uses TLS if this one does.
     pub fn new(address: Address, options: StreamOptions) -> Self {
         let tcp = address.host_and_port().filter(|_| address.decides_late());
         let address = tcp.map(|(host, port)| Address::tcp(host, port)).unwrap_or(address);
@@ -64,6 +70,11 @@ impl Redial {
     pub fn with_fallbacks(mut self, fallbacks: impl IntoIterator<Item = Address>) -> Self {
         let tls = self.address.tls().cloned();
         self.others = fallbacks.into_iter().map(|address| with_tls(address, tls.as_ref())).collect();
+        if !is_stream(&self.address)
+            && let Some(first) = self.others.pop_front()
+        {
+            self.address = first;
+        }
         self
     }
 
@@ -71,13 +82,18 @@ impl Redial {
     fn connect_once(&mut self, stop: &Stop) -> Result<NewConnection, OpenError> {
         let once = |address: &Address| OpenError::OnlyOne { address: address.to_string() };
         // A descriptor, a command or a file exists only once.
-        if !matches!(self.address.scheme(), "tcp" | "unix") {
+        if !is_stream(&self.address) {
             return Err(once(&self.address));
         }
         let stop = if self.others.is_empty() { stop.clone() } else { stop.within(ATTEMPT_TIMEOUT) };
         let channel = connect(&self.address, &self.options, &stop)?;
         NewConnection::over(channel).ok_or_else(|| once(&self.address))
     }
+}
+
+/// Connections can be made there again and again.
+fn is_stream(address: &Address) -> bool {
+    matches!(address.scheme(), "tcp" | "unix")
 }
 
 /// An address of a destination whose others use `tls`.
@@ -98,6 +114,10 @@ impl Reconnect for Redial {
             self.led_nowhere();
         }
         connected
+    }
+
+    fn may_connect(&self) -> bool {
+        std::iter::once(&self.address).chain(&self.others).any(is_stream)
     }
 
     fn led_nowhere(&mut self) {

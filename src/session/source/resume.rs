@@ -46,10 +46,9 @@ pub(super) struct Resumption {
 impl SourceSession {
     /// Our secret, if a lost connection may be followed by another. That one is a plain stream.
     pub(super) fn resumption_secret(&mut self) -> Option<[u8; 16]> {
-        let able = !self.wire.link.abilities().registers_memory;
         let allowed = self.settings.reconnect_timeout > Duration::ZERO && self.missing.recovery.can_connect();
         let other = self.settings.postcopy.is_some() || self.upstream.is_some() || self.may_pass_memory();
-        let secret = (able && allowed && !other).then(random_id);
+        let secret = (allowed && !other).then(random_id);
         self.missing.recovery.resumption.ours = secret;
         secret
     }
@@ -66,13 +65,11 @@ impl SourceSession {
     /// Further connections were asked for, and it is known now that there are none before a switch to postcopy.
     pub(super) fn tell_if_not_replaceable(&mut self, handover: Handover) {
         let asked = self.settings.reconnect_timeout > Duration::ZERO && self.missing.recovery.can_connect();
-        let able = self.wire.link.abilities();
         let Resumption { ours, theirs, .. } = &self.missing.recovery.resumption;
         let why = match () {
             // Behind the switch a lost connection is replaced all the same.
             () if !asked || self.settings.postcopy.is_some() || theirs.is_some() => return,
             () if self.wire.back.is_none() => "this connection carries no answers",
-            () if able.registers_memory => "this connection is by RDMA",
             () if handover != Handover::Native => "the destination is a QEMU",
             () if ours.is_some() => "the destination waits for no other connection: it was not asked to",
             () if self.may_pass_memory() => "this guest's memory is passed",
@@ -99,7 +96,7 @@ impl SourceSession {
     /// Pages that go beside the stream may be there before the destination has read the first fence in it, and a connection
     /// that is lost before that is the end: no page leaves before the fence is confirmed.
     pub(super) fn await_first_fence(&mut self) -> Result<(), Error> {
-        let beside = self.wire.link.page_channels() > 0;
+        let beside = self.wire.link.page_channels() > 0 || self.wire.link.abilities().registers_memory;
         let stop = self.wire.stop.within(self.settings.stall_timeout);
         while beside && self.pages.unconfirmed.as_ref().is_some_and(|sent| !sent.is_any_confirmed()) {
             let Some(back) = &mut self.wire.back else { return Ok(()) };

@@ -5,7 +5,7 @@
 #[cfg(feature = "rdma")]
 use std::time::Duration;
 
-use super::candidates::{Candidates, MAIN};
+use super::candidates::{self, Candidates, MAIN};
 use super::scheme::{Endpoint, Opening, Scheme, SchemeAbilities, TlsCover, no_stream, rdma_scheme};
 use super::{DECISION_TIMEOUT, obstacle, parse_host, rdma_address};
 #[cfg(feature = "rdma")]
@@ -164,9 +164,9 @@ impl Endpoint for AutoListener {
         Ok(DestinationConnection::over(channel).by(ChosenTransport { transport: "tcp", why }))
     }
 
-    fn accept(&mut self, _options: &StreamOptions, _stop: &Stop) -> Result<StreamChannel, OpenError> {
-        let address = self.addresses().swap_remove(0);
-        Err(OpenError::NotAStream { address: address.to_string() })
+    /// Behind the first connection all come by TCP: a migration that has lost one by RDMA goes on so.
+    fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
+        Ok(candidates::accept(&self.tcp, options, stop)?)
     }
 
     fn why_no_rdma(&self) -> Option<&str> {

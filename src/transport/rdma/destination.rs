@@ -295,14 +295,15 @@ impl DestinationLink for RdmaDestination {
     /// May last as long as data arrives. RDMA WRITEs are not visible here, and the NIC's answers to probes do not show
     /// that the source's process runs. So the hooks check whether the queue pair receives anything, and fail after the
     /// stall time without.
-    fn receive_round(&mut self, stop: &Stop) -> Result<RoundReceived, MoveError> {
+    fn receive_round(&mut self, stop: &Stop, pause: Duration) -> Result<Option<RoundReceived>, MoveError> {
         let bounds = self.end.stall_bounds(stop);
         let Some(hooks) = &mut self.hooks else {
             return Err(misused(&self.end.peer, SERVING, "the connection has ended").into());
         };
         let summary =
-            hooks.registration_handle(&bounds.hooks).map_err(|error| bounds.error(SERVING, error))?;
-        Ok(RoundReceived { touched: self.newly_touched(), zero_bytes: summary.zero_bytes })
+            hooks.serve_round(&bounds.hooks, pause).map_err(|error| bounds.error(SERVING, error))?;
+        let Some(summary) = summary else { return Ok(None) };
+        Ok(Some(RoundReceived { touched: self.newly_touched(), zero_bytes: summary.zero_bytes }))
     }
 
     fn live_bytes(&self) -> LiveBytes {

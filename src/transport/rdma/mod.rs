@@ -8,7 +8,7 @@
 //! | `offer` | `control_save_page`, once a run |
 //! | `close_round` | `registration_stop` |
 //! | [`RdmaDestination`]'s `announce` | `block_notification` |
-//! | `receive_round` | `registration_handle` |
+//! | `receive_round` | `serve_round` |
 //!
 //! # Required orders
 //!

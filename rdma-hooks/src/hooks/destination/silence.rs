@@ -20,37 +20,53 @@ const PINNED_PER_SECOND: u64 = 128 << 20;
 
 impl DestinationHooks {
     /// Waits for the next message of an open round. Only the state of the queue pair shows that writes arrive: the NIC
-    /// of a source whose process is stopped still answers probes.
-    pub(super) fn next_request(&mut self, stop: &Stop) -> Result<(usize, Message<'static>), HooksError> {
-        let Some(silence) = self.silence else { return self.stream.request(stop) };
-        let mut seen: Option<(Option<u64>, Instant)> = None;
+    /// of a source whose process is stopped still answers probes. `None`: `pause` has passed.
+    pub(super) fn next_request(
+        &mut self,
+        stop: &Stop,
+        pause: Duration,
+    ) -> Result<Option<(usize, Message<'static>)>, HooksError> {
+        let began = self.stream.channel.now();
+        let check = self.silence.map_or(pause, |silence| (silence / MIN_CHECKS).min(MAX_CHECK_INTERVAL));
         loop {
-            let slice =
-                stop.within(self.stream.channel.now(), (silence / MIN_CHECKS).min(MAX_CHECK_INTERVAL));
+            let slice = stop.within(self.stream.channel.now(), check.min(pause));
             match self.stream.request(&slice) {
                 Err(HooksError::Stopped(Stopped::Deadline)) => {}
-                request => return request,
+                request => {
+                    self.quiet = None;
+                    return request.map(Some);
+                }
             }
             let now = self.stream.channel.now();
             stop.check(now)?;
-            let mark = self.received_mark();
-            let (before, since) = *seen.get_or_insert((mark, now));
-            if mark != before {
-                seen = Some((mark, now));
-                continue;
-            }
-            let silence = silence.saturating_add(self.registering());
-            // A device that has not counted the stream's messages does not count.
-            let after = match (mark != self.mark, self.expects_keepalives()) {
-                (true, _) => silence,
-                (false, true) => silence.saturating_add(ON_ITS_WAY),
-                (false, false) => silence.saturating_mul(UNSEEN_FACTOR),
-            };
-            // If this end was stopped meanwhile, the source's messages have arrived by now.
-            if now.saturating_duration_since(since) >= after && !self.stream.has_input()? {
-                return Err(HooksError::Silent { after });
+            self.check_silence(now)?;
+            if now.saturating_duration_since(began) >= pause {
+                return Ok(None);
             }
         }
+    }
+
+    /// No message has come for a while: does the source write?
+    fn check_silence(&mut self, now: Instant) -> Result<(), HooksError> {
+        let Some(silence) = self.silence else { return Ok(()) };
+        let mark = self.received_mark();
+        let (before, since) = *self.quiet.get_or_insert((mark, now));
+        if mark != before {
+            self.quiet = Some((mark, now));
+            return Ok(());
+        }
+        let silence = silence.saturating_add(self.registering());
+        // A device that has not counted the stream's messages does not count.
+        let after = match (mark != self.mark, self.expects_keepalives()) {
+            (true, _) => silence,
+            (false, true) => silence.saturating_add(ON_ITS_WAY),
+            (false, false) => silence.saturating_mul(UNSEEN_FACTOR),
+        };
+        // If this end was stopped meanwhile, the source's messages have arrived by now.
+        if now.saturating_duration_since(since) >= after && !self.stream.has_input()? {
+            return Err(HooksError::Silent { after });
+        }
+        Ok(())
     }
 
     /// In the setup round with pin-all the source registers all its memory, and meanwhile sends and writes nothing.

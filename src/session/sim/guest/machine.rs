@@ -123,7 +123,9 @@ impl GuestControl for SimControl {
         if !forbid && turn.world.link.registered && self.side == Side::Source {
             turn.world.violation("the promise is given back while a NIC knows the memory");
         }
-        turn.world.guest.promised = forbid;
+        if self.side == Side::Source {
+            turn.world.guest.promised = forbid;
+        }
         true
     }
 

@@ -61,7 +61,7 @@ impl SimLink {
             }
         }
         let mut world = self.sim.world();
-        if world.plan.fault.is_none() {
+        if world.plan.fault.is_none() && world.plan.losses.is_empty() {
             world.violation("the link waits for ever");
         }
         let after = Duration::from_secs(30);
@@ -191,7 +191,7 @@ impl SourceLink for SimLink {
     fn reclaim(&mut self) -> Vec<PageBatch> {
         let mut turn = self.sim.enter();
         let link = &mut turn.world.link;
-        link.failed = true;
+        (link.failed, link.let_go) = (true, link.lingers);
         link.registered = false;
         let is_unread = |item: &Item| matches!(item, Item::Batch(Batch { bytes: None, .. }));
         let mut lost = Vec::new();
@@ -219,7 +219,7 @@ impl SourceLink for SimLink {
 impl Drop for SimLink {
     fn drop(&mut self) {
         let mut world = self.sim.world();
-        let (out, under_way) = (world.link.tickets_out(), world.link.inside());
+        let (out, under_way) = (world.link.tickets_out(), world.link.must_be_back());
         if out + under_way > 0 {
             world.violation(format!(
                 "the link was dropped with {out} tickets out, {under_way} batches under way"

@@ -26,7 +26,8 @@ impl World {
         } else if self.link.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
             self.link.channels.iter_mut().for_each(|channel| drop(channel.pop_front()));
         }
-        let slowness = self.link.kind.map_or(1, |link| link.slowness);
+        // What a network still has comes late: behind what is sent over the next connection.
+        let slowness = if self.link.let_go { 100 } else { self.link.kind.map_or(1, |link| link.slowness) };
         for _ in 0..3 {
             if !self.rng.one_in(slowness) {
                 continue;
@@ -73,11 +74,11 @@ impl World {
 
     fn place_one(&mut self, channel: usize) {
         let apart = self.link.has_barriers();
-        if apart && !self.link.receives {
+        if apart && !self.link.receives || self.link.revoked {
             return;
         }
+        let taken = self.pipe(0, Side::Source).taken;
         let queue = &mut self.link.channels[channel];
-        let taken = self.pipes[Side::Source as usize].taken;
         match queue.front() {
             Some(Item::Batch(Batch { bytes: Some(_), behind, .. })) if apart || *behind <= taken => {}
             _ => return,

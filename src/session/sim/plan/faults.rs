@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Anchor, Fault, LinkKind, Loss, PeerKind, Plan, Rng, Side, Wire, draw_drop};
+use super::{Anchor, Fault, LateLink, LinkKind, Loss, PeerKind, Plan, Rng, Side, Wire, draw_drop};
 
 pub(super) fn draw_second(rng: &mut Rng, total_pages: u64) -> Option<(Side, u64, Wire)> {
     let from = rng.pick(&[Side::Source, Side::Target]);
@@ -56,26 +56,31 @@ pub(super) fn draw_fault(rng: &mut Rng, total_pages: u64, link: LinkKind) -> Opt
 }
 
 impl Plan {
-    /// A seed's guest that goes to a ramwire by a plain stream, or first with page channels, whose connections are lost again
-    /// and again.
+    /// A seed's guest that goes to a ramwire by a plain stream, or first with page channels or by RDMA, whose connections are
+    /// lost again and again.
     pub(in crate::session::sim) fn lossy(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x1055);
         let plan = Self::of(seed);
         let batch_pages = rng.pick(&[1, 7, 64]);
         let link = match plan.link {
             LinkKind::Late(link) if link.barrier.is_some() => plan.link,
-            _ => LinkKind::Inline { batch_pages },
+            LinkKind::Late(link) => {
+                LinkKind::Late(LateLink { registers: true, confirms: true, fence_waits: true, ..link })
+            }
+            LinkKind::Inline { .. } => LinkKind::Inline { batch_pages },
         };
-        let channels = matches!(link, LinkKind::Late(_));
+        let beside = matches!(link, LinkKind::Late(_));
         let fault = match rng.below(8) {
             0 => Some(Fault::Cancel { side: Side::Source, anchor: Anchor::Start, at: rng.below(1500) }),
             1 => Some(Fault::Kill { anchor: Anchor::Start, at: rng.below(1500) }),
-            // A page channel alone.
-            2 | 3 if channels => Some(Fault::Link { call: rng.below_one_of(&[20, 80]) }),
+            // A page channel alone, or a NIC.
+            2 | 3 if beside => Some(Fault::Link { call: rng.below_one_of(&[20, 80]) }),
             _ => None,
         };
+        let first = if beside { First::Beside } else { First::InStream };
+        let nth = |at| if at == 0 { first } else { First::No };
         let losses =
-            (0..1 + rng.below(5)).map(|at| draw_loss(&mut rng, plan.total_pages(), at > 0)).collect();
+            (0..1 + rng.below(5)).map(|at| draw_loss(&mut rng, plan.total_pages(), nth(at))).collect();
         Self {
             losses,
             delta_pages: Rng::new(seed ^ 0xde17a).pick(&[0, 16, 128]),
@@ -107,12 +112,21 @@ impl Plan {
     }
 }
 
-/// How a connection is lost; `later`: not the first one, which begins with RESUME.
-fn draw_loss(rng: &mut Rng, total_pages: u64, later: bool) -> Loss {
+/// Whether a connection is the first one, and where its pages go. Others begin with RESUME, and carry them in the stream.
+#[derive(Clone, Copy, PartialEq)]
+enum First {
+    InStream,
+    Beside,
+    No,
+}
+
+/// How a connection is lost.
+fn draw_loss(rng: &mut Rng, total_pages: u64, first: First) -> Loss {
     let anchor = if rng.one_in(2) { Anchor::Pause } else { Anchor::Start };
     let from = rng.pick(&[Side::Source, Side::Source, Side::Target]);
     let at = match (from, anchor) {
-        (Side::Source, Anchor::Start) if later && rng.one_in(3) => rng.below(90),
+        (Side::Source, Anchor::Start) if first == First::No && rng.one_in(3) => rng.below(90),
+        (Side::Source, Anchor::Start) if first == First::Beside => rng.below_one_of(&[2000, 6000]),
         (Side::Source, Anchor::Start) => rng.below_one_of(&[total_pages * 1500, total_pages * 6000]),
         (Side::Source, Anchor::Pause) => rng.below_one_of(&[600, 1500, 20_000]),
         (Side::Target, Anchor::Start) => rng.below_one_of(&[120, 400]),

@@ -304,7 +304,7 @@ impl Reader {
                 placer.zero(placer.admit(block, BlockOffset(offset.0), PAGE as u64)?)?;
             }
             Event::Hook { .. } => {
-                self.link.receive_round(stop)?;
+                self.link.receive_round(stop, super::Duration::MAX)?;
                 return self.round_over(at_round);
             }
             Event::MultifdFlush => return self.barrier(stop, at_round),

@@ -1,0 +1,109 @@
+//! A device that fails while a migration runs: it goes on over TCP.
+
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::common::{
+    Deadline, RXE_ADDRESS,
+    memory::{MIB, Pattern, compare, fill},
+    ramwire::Ramwire,
+    scratch,
+};
+use crate::memory_file;
+use crate::stopped::registrations;
+
+/// Registrations of a source's connection itself: its buffers and those of the return path.
+const OF_CONNECTION: usize = 4;
+const RAM_MIB: usize = 16;
+
+fn run(command: &[&str]) -> bool {
+    Command::new(command[0]).args(&command[1..]).status().is_ok_and(|status| status.success())
+}
+
+/// The device is there again when this is dropped.
+struct Restored;
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        run(&["ip", "link", "set", "dummy0", "up"]);
+        if !run(&["rdma", "link", "show", "rxe0/1"]) {
+            run(&["rdma", "link", "add", "rxe0", "type", "rxe", "netdev", "dummy0"]);
+        }
+        // As for the device of a fresh guest.
+        Deadline::seconds(20).poll("an active device", String::new, || {
+            let shown = Command::new("rdma").args(["link", "show", "rxe0/1"]).output().ok()?;
+            String::from_utf8_lossy(&shown.stdout).contains("state ACTIVE").then_some(())
+        });
+    }
+}
+
+/// Waits until so many chunks are open to the source's NIC: pages travel.
+fn pages_travel(source: &Ramwire, chunks: usize) {
+    let registered = || (registrations(Some(source.pid())) >= OF_CONNECTION + chunks).then_some(());
+    Deadline::seconds(60).poll("pages travel", || source.errors(), registered);
+}
+
+/// No more went twice than had been sent, and the report says why.
+fn lost_once(lost: &Value) {
+    println!("{lost}");
+    let again = lost["pages_again"].as_u64().unwrap();
+    assert!(lost["count"] == json!(1) && again < (RAM_MIB * MIB / 4096) as u64, "{lost}");
+    assert_eq!(lost["bytes_again"], json!(again * 4096), "{lost}");
+    assert!(lost["last"][0]["why"].as_str().is_some_and(|why| !why.is_empty()), "{lost}");
+}
+
+/// A guest that writes, and checks itself where it arrives.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_guest_that_writes_goes_on_over_tcp_when_the_device_is_removed() {
+    for chunks in [1, 5, 9] {
+        let dir = scratch();
+        let limits = ["--max-bandwidth", "4M", "--timeout", "60", "--timeout-action", "finish"];
+        let guest = ["--working-set", "2M", "--dirty-rate", "1M", "--ram", "16M", "--json"];
+        let arguments = [&["demo", "--transport", "rdma"], &limits[..], &guest[..], &["--verify"]].concat();
+        let mut demo = Ramwire::start(dir.path(), &arguments, "full");
+        pages_travel(&demo, chunks);
+        let _restored = Restored;
+        // The kernel may wait until nobody uses the device.
+        let mut removal = Command::new("rdma").args(["link", "delete", "rxe0"]).spawn().unwrap();
+        let report = demo.finished(Deadline::seconds(100), 0);
+        assert!(removal.wait().unwrap().success());
+        assert_eq!((&report["verified"], &report["pages_wrong"]), (&json!(true), &json!(0)), "{report}");
+        assert_eq!((&report["transport"], &report["digest_compared"]), (&json!("rdma"), &json!(true)));
+        lost_once(&report["lost"]);
+    }
+}
+
+/// Nothing tells either end: the writes are not acknowledged any more.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_guest_goes_on_over_tcp_when_the_link_is_down() {
+    for (chunks, verify) in [(2, "off"), (6, "fast")] {
+        let dir = scratch();
+        let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
+        fill(&ram, RAM_MIB, Pattern::Mixed { seed: 62 });
+        let address = format!("rdma:{RXE_ADDRESS}:0");
+        let arguments =
+            ["receive", &address, "--reconnect", "60", "--fallback", "tcp:127.0.0.1:0", "--json", "--dir"];
+        let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
+        let (uri, block) = (receiver.listening(), format!("m0={}", ram.display()));
+        let told = receiver.errors();
+        let fallback =
+            told.lines().find_map(|line| line.strip_prefix("listening for connections after the first on "));
+        let arguments =
+            ["send", &uri, "--reconnect", "60", "--fallback", fallback.unwrap(), "--max-bandwidth", "2M"];
+        let more = ["--verify", verify, "--json", "--ram"];
+        let mut sender = Ramwire::start(dir.path(), &[&arguments[..], &more].concat(), block);
+        pages_travel(&sender, chunks);
+        let restored = Restored;
+        assert!(run(&["ip", "link", "set", "dummy0", "down"]));
+        let sent = sender.finished(Deadline::seconds(100), 0);
+        let arrived = receiver.finished(Deadline::seconds(60), 0);
+        drop(restored);
+        assert_eq!((&sent["status"], &arrived["arrived"]), (&json!("completed"), &json!(true)), "{sent}");
+        assert_eq!(arrived["verified"], json!(verify != "off"), "{arrived}");
+        compare(&ram, &memory_file(&folder)).unwrap_or_else(|found| panic!("{found:?}"));
+        lost_once(&sent["lost-connections"]);
+    }
+}
