@@ -61,6 +61,8 @@ pub enum Role {
     ReturnPath,
     /// An additional queue pair for writes, counted from 1.
     Data(u16),
+    /// A queue pair on which the destination posts READs, counted from 0.
+    Read(u16),
 }
 
 /// Messages beyond QEMU's protocol. Off towards a QEMU; on if both ends support them.
@@ -73,21 +75,26 @@ pub struct Features {
     /// In an open round the source sends [`Kind::Alive`](crate::control::Kind::Alive) if it has sent nothing else for a
     /// second. The destination may then treat silence as the end of the source.
     pub keepalives: bool,
+    /// After a switch to postcopy the destination reads the missing pages itself. The source opens
+    /// [`READ_QUEUES`](crate::hooks::READ_QUEUES) more queue pairs for it.
+    pub reads: bool,
 }
 
 impl Features {
     /// QEMU's protocol and no more.
-    pub const NONE: Self = Self { key_batches: false, zero_runs: false, keepalives: false };
+    pub const NONE: Self = Self { key_batches: false, zero_runs: false, keepalives: false, reads: false };
     /// All that this version knows.
-    pub const ALL: Self = Self { key_batches: true, zero_runs: true, keepalives: true };
+    pub const ALL: Self = Self { key_batches: true, zero_runs: true, keepalives: true, reads: true };
 
     fn bits(self) -> u16 {
-        u16::from(self.key_batches) | u16::from(self.zero_runs) << 1 | u16::from(self.keepalives) << 2
+        let flags = [self.key_batches, self.zero_runs, self.keepalives, self.reads];
+        flags.iter().rev().fold(0, |bits, flag| bits << 1 | u16::from(*flag))
     }
 
     /// Ignores bits of later versions.
     fn from_bits(bits: u16) -> Self {
-        Self { key_batches: bits & 1 != 0, zero_runs: bits & 2 != 0, keepalives: bits & 4 != 0 }
+        let [key_batches, zero_runs, keepalives, reads] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
+        Self { key_batches, zero_runs, keepalives, reads }
     }
 
     fn and(self, other: Self) -> Self {
@@ -100,6 +107,9 @@ impl Default for Features {
         Self::ALL
     }
 }
+
+/// The role of the first queue pair for READs on the wire.
+const FIRST_READ: u16 = 0xfff0;
 
 /// This crate's extension, after QEMU's struct. Fields that a later version adds read as zero here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +134,7 @@ impl Extension {
             Role::Main => 0,
             Role::ReturnPath => u16::MAX,
             Role::Data(index) => index,
+            Role::Read(index) => FIRST_READ + index,
         };
         out.extend_from_slice(&MAGIC.to_be_bytes());
         for half in [role, self.data_queues, self.window, self.features.bits()] {
@@ -141,6 +152,7 @@ impl Extension {
         let role = match half(4)? {
             0 => Role::Main,
             u16::MAX => Role::ReturnPath,
+            index if index >= FIRST_READ => Role::Read(index - FIRST_READ),
             index => Role::Data(index),
         };
         let migration = MigrationId(bytes.get(12..28)?.try_into().ok()?);

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::chunk::SpanId;
-use crate::control::{Kind, header};
+use crate::control::{Kind, WORD_BYTES, header};
 use crate::counters::Counters;
 use crate::fabric::{
     Completion, CompletionStatus, ConnectParams, Endpoint, FabricError, LinkState, Operation, ReadDepth,
@@ -44,6 +44,21 @@ pub(crate) fn connect_params(private_data: Vec<u8>, window: u16, receive_bytes: 
 pub(crate) fn accept_params(private_data: Vec<u8>, window: u16, receive_bytes: usize) -> ConnectParams {
     let reads = ReadDepth { own: 0, served: QEMUS_READS };
     ConnectParams { reads, ..connect_params(private_data, window, receive_bytes) }
+}
+
+/// READs at a time that an end asks for on a queue pair on which the destination reads.
+const READS: u8 = 16;
+
+/// Parameters of a queue pair for the destination's READs, at the end that connects and lets itself be read.
+pub(crate) fn read_params(private_data: Vec<u8>) -> ConnectParams {
+    let reads = ReadDepth { own: 0, served: READS };
+    ConnectParams { reads, ..connect_params(private_data, 1, WORD_BYTES) }
+}
+
+/// The same for the destination, which accepts and reads.
+pub(crate) fn reading_params(private_data: Vec<u8>) -> ConnectParams {
+    let reads = ReadDepth { own: READS, served: 0 };
+    ConnectParams { reads, ..connect_params(private_data, 1, WORD_BYTES) }
 }
 
 /// What a write was for.

@@ -371,4 +371,10 @@ pub trait Endpoint: Send {
 
     /// Ends the connection; outstanding requests are flushed.
     fn disconnect(&mut self);
+
+    /// The calling thread uses this endpoint until the result is dropped. A simulation's time stops while such a thread
+    /// does not wait; other fabrics need not know.
+    fn take_part(&self) -> Box<dyn Any + Send> {
+        Box::new(())
+    }
 }

@@ -9,10 +9,12 @@
 //! | `rdma_registration_handle` | [`DestinationHooks::registration_handle`] | serves a round |
 
 mod destination;
+mod read_lane;
 mod return_path;
 mod source;
 
 pub use destination::{DestinationConfig, DestinationHooks, PeerFilter, RoundSummary};
+pub use read_lane::{READ_QUEUES, ReadDone, ReadKey, ReadLane};
 pub use return_path::{ReturnReader, ReturnWriter};
 pub use source::{ExtensionOffer, SourceConfig, SourceHooks};
 

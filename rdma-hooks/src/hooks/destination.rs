@@ -1,6 +1,7 @@
 //! The destination's hooks: they grant keys, zero ranges and receive the byte stream.
 
 mod grants;
+mod reading;
 mod silence;
 
 use std::net::SocketAddr;
@@ -15,7 +16,7 @@ use crate::chunk::chunks_in;
 use crate::control::{CONTROL_BUFFER_BYTES, Kind, Message, NATIVE_MESSAGE_BYTES, WORD_BYTES};
 use crate::counters::Counters;
 use crate::exchange::Receiver;
-use crate::fabric::{FabricError, Listener, chain};
+use crate::fabric::{Endpoint, FabricError, Listener, chain};
 use crate::hooks::HooksError;
 use crate::stop::Stop;
 use crate::stream::StreamReceiver;
@@ -52,6 +53,11 @@ pub struct DestinationConfig {
     pub admit: Option<PeerFilter>,
 }
 
+/// True if a peer asks for this queue pair of a migration.
+fn is_of(asked: &Capabilities, main: Extension, role: Role) -> bool {
+    asked.extension.is_some_and(|theirs| theirs.migration == main.migration && theirs.role == role)
+}
+
 /// What happened in a round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RoundSummary {
@@ -78,6 +84,8 @@ pub struct DestinationHooks {
     /// which keep their domain alive themselves: when the migration fails, the final ERROR is sent before the peer's
     /// writes fail for lack of a key.
     stream: StreamReceiver,
+    /// To be read on, until they are taken.
+    read_queues: Vec<Box<dyn Endpoint>>,
     grants: Vec<Grants>,
     granted: Capabilities,
     blocks: DestinationBlocks,
@@ -146,6 +154,7 @@ impl DestinationHooks {
                 Err(error) => return Err(error.into()),
             };
             let mut hooks = Self {
+                read_queues: Vec::new(),
                 grants: Vec::new(),
                 stream: StreamReceiver::new(Channel::new(endpoint), Receiver::new(window)),
                 silence: config.silence,
@@ -161,6 +170,7 @@ impl DestinationHooks {
             };
             let within = stop.within(hooks.stream.channel.now(), QUEUES_TIMEOUT);
             hooks.accept_data_queues(listener, &within)?;
+            hooks.accept_read_queues(listener, &within)?;
             hooks.mark = hooks.received_mark();
             return Ok(hooks);
         }
@@ -172,8 +182,7 @@ impl DestinationHooks {
             let incoming = listener.next_request(stop)?;
             let Ok(asked) = Capabilities::decode(incoming.private_data()) else { continue };
             let next = Role::Data(self.stream.data_queues.len() as u16 + 1);
-            let fits = |theirs: Extension| theirs.migration == main.migration && theirs.role == next;
-            if !asked.extension.is_some_and(fits) {
+            if !is_of(&asked, main, next) {
                 tracing::warn!(peer = ?incoming.peer(), "connection rejected: not this migration's queue pair");
                 continue;
             }

@@ -3,9 +3,10 @@
 mod keys;
 mod pages;
 mod queues;
+mod served;
 mod zeros;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use crate::blocks::{RamBlock, check_announceable};
@@ -99,6 +100,10 @@ pub struct SourceHooks {
     /// domain alive themselves: a migration that fails has writes in flight, and these must end with their queue pair,
     /// after ERROR has been sent, not with the memory that they read.
     main: StreamSender,
+    /// The destination reads on them.
+    read_queues: Vec<Channel>,
+    /// What it may read, by block and first byte.
+    served: BTreeMap<(u32, u64), Registration>,
     spans: SpanTable<Registration>,
     pinned: Vec<Pinned>,
     asked: Option<Asked>,
@@ -140,6 +145,8 @@ impl SourceHooks {
         let mut main = Channel::new(endpoint);
         main.latencies = config.record_latencies.then(Vec::new);
         let mut hooks = Self {
+            read_queues: Vec::new(),
+            served: BTreeMap::new(),
             spans: SpanTable::new([], 1, None),
             pinned: Vec::new(),
             asked: None,
@@ -159,6 +166,7 @@ impl SourceHooks {
             ticket: 0,
         };
         hooks.connect_data_queues(fabric, stop)?;
+        hooks.connect_read_queues(fabric, stop)?;
         Ok(hooks)
     }
 
@@ -403,6 +411,7 @@ impl SourceHooks {
     /// The connection's error; the destination may or may not have everything.
     pub fn finish(mut self, stop: &Stop) -> Result<bool, HooksError> {
         self.drain(stop)?;
+        self.read_queues.drain(..).for_each(|mut channel| channel.leave());
         // The destination closes its ends after the last byte: our writes have completed by then.
         for mut channel in std::mem::take(&mut self.main.data_queues) {
             match channel.wait_for(stop, |channel| Ok(channel.is_idle().then_some(()))) {

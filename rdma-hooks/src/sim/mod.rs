@@ -319,6 +319,11 @@ impl SimEndpoint {
 }
 
 impl Endpoint for SimEndpoint {
+    fn take_part(&self) -> Box<dyn std::any::Any + Send> {
+        let fabric = SimFabric { shared: Arc::clone(&self.shared), host: Host::A };
+        Box::new(fabric.enter())
+    }
+
     fn private_data(&self) -> &[u8] {
         &self.private_data
     }

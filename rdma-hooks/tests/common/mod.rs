@@ -210,7 +210,7 @@ impl Plan {
 
 fn features(random: &mut Random) -> Features {
     let (key_batches, zero_runs) = (random.chance(700), random.chance(700));
-    Features { key_batches, zero_runs, keepalives: key_batches || zero_runs }
+    Features { key_batches, zero_runs, keepalives: key_batches || zero_runs, reads: false }
 }
 
 /// What a migration came to.

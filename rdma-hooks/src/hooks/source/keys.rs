@@ -208,7 +208,7 @@ impl SourceHooks {
     }
 
     /// Answers come in order: that to the request sent ahead comes first.
-    fn wait_for_keys_ahead(&mut self, stop: &Stop) -> Result<(), HooksError> {
+    pub(super) fn wait_for_keys_ahead(&mut self, stop: &Stop) -> Result<(), HooksError> {
         if let Some(asked) = self.asked.take() {
             let reply = self.reply(stop)?;
             self.take_keys(asked, reply)?;
