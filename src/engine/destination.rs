@@ -169,6 +169,8 @@ pub struct DestinationEngine {
     runs: bool,
     /// All pages of a guest that runs here since a switch to postcopy have arrived.
     whole: bool,
+    /// All missing pages were read from the source's memory, which is not needed any more.
+    read_all: bool,
     late_load: bool,
     /// The source waits for no answer.
     unasked: bool,
@@ -193,6 +195,7 @@ impl DestinationEngine {
             ready: false,
             runs: false,
             whole: false,
+            read_all: false,
             late_load: false,
             unasked: false,
         }
@@ -228,6 +231,11 @@ impl DestinationEngine {
     /// True once the source has handed over the guest.
     pub fn is_committed(&self) -> bool {
         self.committed
+    }
+
+    /// No page of a guest that the source has handed over is missing: the connection is no longer needed for them.
+    pub fn all_pages_came(&mut self) {
+        self.read_all = true;
     }
 
     /// True once a guest that was started among missing pages misses none.
@@ -328,6 +336,8 @@ impl DestinationEngine {
                 self.go(Phase::Recovering, A::AwaitRecovery);
             }
             (Phase::Recovering, E::Done) => self.go(Phase::Filling, A::Receive),
+            // The guest may not have been started yet.
+            (Phase::Filling, E::Lost) if self.read_all => self.go(Phase::AwaitingGuest, A::AwaitGuest),
             (Phase::Filling | Phase::Recovering | Phase::AwaitingGuest, E::Lost) => {
                 self.end(if self.whole { Ending::Running } else { Ending::Incomplete });
             }

@@ -8,7 +8,10 @@
 //!
 //! A page is removed from the list of unread pages when a reader takes it, and from the list of missing pages only when
 //! it is placed: faults are served until no page is missing. A page that could not be read stays missing, and is read
-//! again after a call of [`Fill::retry`].
+//! again after a call of [`Fill::retry`]. What a read has brought is placed only if the read succeeded.
+//!
+//! Pages may be withheld: none of them is given to a reader before [`Fill::grant`]. Then those that a thread waits for
+//! come first.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -41,6 +44,8 @@ struct Block {
     missing: PageBitmap,
     /// They could not be read.
     failed: PageBitmap,
+    /// They can't be read yet.
+    withheld: PageBitmap,
     /// Target pages per host page.
     host: u64,
 }
@@ -73,6 +78,10 @@ pub struct Fill {
     rest: (BlockIndex, PageIndex),
     /// The rest may be read.
     is_open: bool,
+    /// No run lies on both sides of a multiple of [`READ`].
+    is_aligned: bool,
+    /// Withheld pages that a thread has come to wait for.
+    wanted: VecDeque<PageRun>,
     touched: Vec<PageRun>,
     urgent: u64,
     breakage: FillBreakage,
@@ -81,7 +90,7 @@ pub struct Fill {
 /// Orders that tests leave out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(not(test), allow(dead_code))]
-enum FillBreakage {
+pub(crate) enum FillBreakage {
     #[default]
     None,
     /// A page counts as placed when a reader takes it.
@@ -92,6 +101,12 @@ enum FillBreakage {
     GiveTwice,
     /// A fault is forgotten once a reader takes its page.
     ForgetWaiting,
+    /// What a failed read has left in its buffer is placed.
+    PlaceFailed,
+    /// Pages that are granted behind later ones are not read.
+    PassWithheld,
+    /// A page that a thread waited for before it could be read is not read first.
+    ForgetWithheld,
 }
 
 impl FillBreakage {
@@ -116,7 +131,7 @@ impl Fill {
                 }
             }
             let failed = PageBitmap::new(unread.len());
-            Block { missing: unread.clone(), unread, failed, host }
+            Block { missing: unread.clone(), unread, failed, withheld: PageBitmap::new(0), host }
         });
         Self {
             pager: Pager::default(),
@@ -126,10 +141,52 @@ impl Fill {
             behind: None,
             rest: (BlockIndex(0), PageIndex(0)),
             is_open: false,
+            is_aligned: false,
+            wanted: VecDeque::new(),
             touched: Vec::new(),
             urgent: 0,
             breakage: FillBreakage::None,
         }
+    }
+
+    /// No page can be read before it is [granted](Self::grant), and no run lies on both sides of a multiple of 1 MiB, or
+    /// of a larger host page.
+    #[must_use]
+    pub fn withheld(mut self) -> Self {
+        for block in &mut self.blocks {
+            let none = PageBitmap::new(block.unread.len());
+            block.withheld = std::mem::replace(&mut block.unread, none);
+        }
+        self.is_aligned = true;
+        self
+    }
+
+    /// The pages of a run can be read from here on. Returns how many of them are missing.
+    pub fn grant(&mut self, run: PageRun) -> u64 {
+        let Some(block) = self.blocks.get_mut(run.block.as_usize()) else { return 0 };
+        let mut from = run.first;
+        while let Some(part) = block.withheld.next_run(from, u64::MAX).filter(|part| part.start < run.end().0) {
+            let part = part.start..part.end.min(run.end().0);
+            from = PageIndex(part.end);
+            block.withheld.clear_range(part.clone());
+            block.unread.set_range(part);
+        }
+        let missing = count_within(&block.missing, run);
+        if !self.breakage.is(FillBreakage::PassWithheld) {
+            // Later ones may have been granted before.
+            self.rest = self.rest.min((run.block, run.first));
+        }
+        let waited: Vec<PageRun> = self.pager.outstanding().map(|page| self.run_of(page)).collect();
+        if !self.breakage.is(FillBreakage::ForgetWithheld) {
+            let here = |page: &PageRun| page.block == run.block && pages(run).contains(&page.first.0);
+            self.first.extend(waited.into_iter().filter(here));
+        }
+        missing
+    }
+
+    /// A page that can't be read yet, and that a thread has come to wait for; each once.
+    pub fn next_wanted(&mut self) -> Option<PageRun> {
+        self.wanted.pop_front()
     }
 
     /// These runs are read first, in this order: those that were touched when the same memory was filled before.
@@ -151,7 +208,17 @@ impl Fill {
             return answer;
         }
         if let Some(block) = self.blocks.get_mut(page.block.as_usize()) {
-            block.unread.clear_range(pages(page));
+            if block.withheld.get(page.first) {
+                if answer == FaultAnswer::Ask {
+                    self.wanted.push_back(page);
+                    self.note(page);
+                }
+                return FaultAnswer::Wait;
+            }
+            // One that is waited for already may be among those that are read next.
+            if answer == FaultAnswer::Ask {
+                block.unread.clear_range(pages(page));
+            }
         }
         if answer == FaultAnswer::Ask {
             self.urgent += page.pages;
@@ -227,7 +294,8 @@ impl Fill {
         // All target pages of a host page have the same marks.
         let from = PageIndex(from.0 / of.host * of.host);
         let run = of.unread.next_run(from, most)?;
-        Some(PageRun { block, first: PageIndex(run.start), pages: run.end - run.start })
+        let end = if self.is_aligned { run.end.min((run.start / most + 1) * most) } else { run.end };
+        Some(PageRun { block, first: PageIndex(run.start), pages: end - run.start })
     }
 
     /// The end of the first host page of a run.
@@ -236,17 +304,39 @@ impl Fill {
         PageIndex(run.first.0 + host)
     }
 
-    /// A run is in place.
-    pub fn placed(&mut self, now: Duration, run: PageRun) {
-        let Some(block) = self.blocks.get_mut(run.block.as_usize()) else { return };
-        for map in [&mut block.unread, &mut block.missing, &mut block.failed] {
+    /// A read of a run has ended. True if what it brought is to be placed.
+    #[must_use = "what a failed read has brought is not placed"]
+    pub fn ended(&mut self, run: PageRun, is_read: bool) -> bool {
+        if !is_read && !self.breakage.is(FillBreakage::PlaceFailed) {
+            self.failed(run);
+            return false;
+        }
+        true
+    }
+
+    /// A run is in place. Returns how many of its pages were missing.
+    pub fn placed(&mut self, now: Duration, run: PageRun) -> u64 {
+        let Some(block) = self.blocks.get_mut(run.block.as_usize()) else { return 0 };
+        for map in [&mut block.unread, &mut block.failed] {
             map.clear_range(pages(run));
         }
+        let placed = block.missing.clear_range(pages(run));
         let host = block.host;
         for first in (run.first.0..run.end().0).step_by(usize::try_from(host).unwrap_or(usize::MAX)) {
             let page = self.host_page(PageRun { first: PageIndex(first), pages: host, ..run });
             self.pager.placed(now, page);
         }
+        placed
+    }
+
+    #[cfg(test)]
+    pub(crate) fn break_order(&mut self, breakage: FillBreakage) {
+        self.breakage = breakage;
+    }
+
+    /// No page is read here any more: the threads that wait, to be served in another way, and their figures.
+    pub fn take_pager(&mut self) -> Pager {
+        std::mem::take(&mut self.pager)
     }
 
     /// A run could not be read. A thread that waits for a page of it keeps waiting.
@@ -335,6 +425,16 @@ impl Fill {
             pages: self.blocks.get(page.block.as_usize()).map_or(1, |b| b.host),
         }
     }
+}
+
+/// Pages of a run that are in `map`.
+fn count_within(map: &PageBitmap, run: PageRun) -> u64 {
+    let (mut from, mut count) = (run.first, 0);
+    while let Some(part) = map.next_run(from, u64::MAX).filter(|part| part.start < run.end().0) {
+        count += part.end.min(run.end().0) - part.start;
+        from = PageIndex(part.end);
+    }
+    count
 }
 
 fn pages(run: PageRun) -> std::ops::Range<u64> {

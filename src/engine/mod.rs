@@ -17,6 +17,7 @@ mod page_cost;
 mod pager;
 mod progress;
 mod rate;
+mod read_keys;
 mod reconnect;
 mod relay;
 mod release;
@@ -35,6 +36,8 @@ pub use checkpoint::{
     CheckpointOutcome, StandbyAction, StandbyDoubt, StandbyEnding, StandbyEngine, StandbyEvent,
 };
 pub use destination::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
+#[cfg(test)]
+pub(crate) use fill::FillBreakage;
 pub use fill::{BlockToFill, Fill, FillCounts};
 pub use loss::{LostPages, compare_counts};
 pub use outcome::{Handover, Outcome, Reason};
@@ -44,6 +47,9 @@ pub use page_cost::PageCost;
 pub use pager::{FaultAnswer, HostPage, Pager, Waiter};
 pub use progress::Progress;
 pub use rate::{RateWindow, Sent};
+#[cfg(test)]
+pub(crate) use read_keys::KeyBreakage;
+pub(crate) use read_keys::{PulledKeys, ServedKeys};
 pub(crate) use reconnect::{Agreement, Unconfirmed, is_equal};
 pub use relay::{FarEnd, RelayAction, RelayEnding, RelayEngine, RelayEvent, RelayFlow, Traffic};
 pub(crate) use release::Release;

@@ -138,7 +138,8 @@ impl Release {
         self.released
     }
 
-    fn confirm(&mut self, run: PageRun) {
+    /// The destination has these pages in place.
+    pub(crate) fn confirm(&mut self, run: PageRun) {
         if let Some(block) = self.blocks.get_mut(run.block.as_usize()) {
             block.confirm(run.first.0..run.end().0);
         }

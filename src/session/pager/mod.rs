@@ -1,6 +1,7 @@
 //! Memory that is filled while it is used: threads that serve its faults, and threads that read the rest.
 
 mod handed;
+mod reading;
 mod memory;
 mod served;
 
@@ -8,18 +9,17 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use rustix::event::PollFlags;
-
-use crate::engine::{FaultAnswer, Fill};
+use crate::engine::{Fill, PulledKeys};
 use crate::error::Chain;
 use crate::observe::LatencySummary;
 use crate::ram::PageRun;
-use crate::sys::{CancelToken, Lock as _, Stop};
-use crate::transport::PageSupply;
-use crate::units::{BlockIndex, PageIndex, PageSize};
+use crate::sys::{CancelToken, Lock as _};
+use crate::transport::{OneByOne, PageReader, PageSupply};
+use crate::units::PageSize;
 pub use handed::{HandedError, HandedRegion};
 pub(super) use memory::{GuestPages, PagedMemory, PlaceError};
 
+pub(super) use reading::News;
 pub(super) use served::holes;
 pub use served::{ServeSettings, ServedMemory};
 
@@ -64,7 +64,7 @@ pub struct LazyProgress {
 /// State shared by the threads of a memory.
 pub(super) struct Filling {
     memory: Box<dyn PagedMemory>,
-    supply: Arc<dyn PageSupply>,
+    supply: Arc<dyn PageReader>,
     page: PageSize,
     state: Mutex<State>,
     /// Notified at each change of [`state`](Self::state) that a thread may wait for.
@@ -76,6 +76,8 @@ pub(super) struct Filling {
 /// What changes.
 pub(super) struct State {
     pub(super) fill: Fill,
+    /// Of memory that is read by keys.
+    pub(super) keys: PulledKeys,
     /// The first page that could not be read or placed, since the last retry.
     pub(super) failure: Option<PageFailure>,
     /// Faults are no longer served: all pages are placed, or there is no process to serve any more.
@@ -97,7 +99,17 @@ impl Filling {
         page: PageSize,
         fill: Fill,
     ) -> Self {
-        let state = Mutex::new(State { fill, failure: None, is_over: false, is_abandoned: false });
+        Self::by(memory, Arc::new(OneByOne(supply)), page, fill)
+    }
+
+    pub(super) fn by(
+        memory: Box<dyn PagedMemory>,
+        supply: Arc<dyn PageReader>,
+        page: PageSize,
+        fill: Fill,
+    ) -> Self {
+        let keys = PulledKeys::default();
+        let state = Mutex::new(State { fill, keys, failure: None, is_over: false, is_abandoned: false });
         let (changed, began, over) = (Condvar::new(), Instant::now(), CancelToken::default());
         Self { memory, supply, page, state, changed, began, over }
     }
@@ -129,79 +141,6 @@ impl Filling {
         self.change(|state| state.is_over = true);
     }
 
-    /// Serves faults until the end.
-    pub(super) fn serve_faults(&self) {
-        let (stop, mut buffer) = (Stop::on(&self.over), Vec::new());
-        while let Ok(None) = stop.wait(self.memory.descriptor(), PollFlags::IN) {
-            loop {
-                match self.memory.next_fault() {
-                    Ok(Some(page)) => self.serve(page, &mut buffer),
-                    Ok(None) => break,
-                    Err(PlaceError::Gone) => return self.end(),
-                    Err(PlaceError::Failed(why)) => {
-                        let first = PageRun { block: BlockIndex(0), first: PageIndex(0), pages: 1 };
-                        let why = format!("reading the faults of missing pages: {why}");
-                        self.failed(first, PlaceError::Failed(why));
-                        return self.end();
-                    }
-                }
-            }
-        }
-    }
-
-    fn serve(&self, page: PageRun, buffer: &mut Vec<u8>) {
-        let now = self.began.elapsed();
-        let answer = self.state().fill.fault(now, page, || self.memory.is_received(page));
-        match answer {
-            FaultAnswer::Received => {
-                if let Err(error) = self.memory.answer_received(page) {
-                    self.failed(page, error);
-                }
-            }
-            FaultAnswer::Wait => {}
-            FaultAnswer::Ask => self.read(page, buffer),
-        }
-    }
-
-    /// Reads pages that no thread waits for, until all pages are placed or the end.
-    pub(super) fn read_rest(&self) {
-        let mut buffer = Vec::new();
-        loop {
-            let mut state = self.state();
-            let run = loop {
-                if state.is_over || state.fill.is_whole() {
-                    return;
-                }
-                match state.fill.next_run() {
-                    Some(run) => break run,
-                    None => state = self.changed(state),
-                }
-            };
-            drop(state);
-            self.read(run, &mut buffer);
-        }
-    }
-
-    /// Reads a run and places it. If a part of the run can't be read, places the rest.
-    fn read(&self, run: PageRun, buffer: &mut Vec<u8>) {
-        let offset = run.offset(self.page).map_or(u64::MAX, |offset| offset.0);
-        let len = run.bytes(self.page).unwrap_or(0);
-        buffer.resize(usize::try_from(len).unwrap_or(0), 0);
-        let host = self.memory.host_page(run.block).bytes() / self.page.bytes();
-        match self.supply.read(run.block, offset, buffer) {
-            Ok(()) => self.place(run, host, buffer),
-            Err(_) if run.pages > host => {
-                let mut rest = Some(run);
-                while let Some(run) = rest {
-                    let (page, behind) = run.split_at(host);
-                    self.read(page, buffer);
-                    rest = behind;
-                }
-            }
-            Err(error) => self.failed(run, PlaceError::Failed(error.to_string())),
-        }
-    }
-
     fn place(&self, run: PageRun, host: u64, bytes: &[u8]) {
         let at_once = (PLACE / self.page.bytes()).max(1).next_multiple_of(host);
         let mut rest = Some(run);
@@ -213,7 +152,8 @@ impl Filling {
                 Ok(()) => {
                     let now = self.began.elapsed();
                     let mut state = self.state();
-                    state.fill.placed(now, part);
+                    let fresh = state.fill.placed(now, part);
+                    state.keys.placed(part, fresh);
                     if state.fill.is_whole() || state.failure.is_some() {
                         self.changed.notify_all();
                     }
@@ -236,7 +176,7 @@ impl Filling {
         };
         tracing::warn!(error = %Chain(&failure), "a page is missing");
         self.change(|state| {
-            state.fill.failed(run);
+            let _ = state.fill.ended(run, false);
             state.failure.get_or_insert(failure);
         });
     }

@@ -21,6 +21,7 @@
 //! | `link` | pages outside the stream |
 //! | `receiver` | the fences of page channels, as the destination keeps them |
 //! | `postcopy` | a source that switches, towards a modelled destination |
+//! | `reads` | missing pages that are read from the source's memory: its engines with modelled memory and READs |
 //! | `resume` | connections that are lost and replaced |
 //! | `relay` | a relay's engine between modelled ends |
 //! | `checkpoint` | checkpoints: both engines, and the standby's cache, with a modelled guest and connection |
@@ -37,6 +38,7 @@ mod guest;
 mod link;
 mod plan;
 mod postcopy;
+mod reads;
 mod receiver;
 mod relay;
 mod resume;

@@ -80,6 +80,7 @@ impl SourceLink for SimLink {
             confirms_placement: self.link.confirms,
             ordered: false,
             registers_memory: self.link.registers,
+            serves_reads: false,
             batches_in_flight: self.link.depth as u32,
             batch_pages: self.link.batch_pages,
         }
