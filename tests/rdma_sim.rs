@@ -312,3 +312,6 @@ fn r45_a_qemu_is_asked_for_a_return_path_only_if_the_operator_says_so() {
         assert_eq!(qemu.join().unwrap(), return_path);
     }
 }
+
+#[path = "rdma_sim/reads.rs"]
+mod reads;

@@ -116,8 +116,8 @@ pub use counters::Counters;
 pub use fabric::{Fabric, FabricError};
 pub use hooks::{
     Blame, BlockSpan, Delay, DestinationConfig, DestinationHooks, ExtensionOffer, HookMark, HooksError,
-    PageContent, PeerFilter, READ_QUEUES, RamControl, ReadDone, ReadKey, ReadLane, Reason, ReturnReader, ReturnWriter, RoundSummary, SaveDisposition,
-    SourceConfig, SourceHooks, Ticket,
+    PageContent, PeerFilter, READ_QUEUES, RamControl, ReadDone, ReadKey, ReadLane, Reason, ReturnReader,
+    ReturnWriter, RoundSummary, SaveDisposition, SourceConfig, SourceHooks, Ticket,
 };
 pub use region::{HostRegion, OutOfRegion, RegionMemory};
 pub use stop::{Cancel, Stop, Stopped};

@@ -165,7 +165,8 @@ impl Fill {
     pub fn grant(&mut self, run: PageRun) -> u64 {
         let Some(block) = self.blocks.get_mut(run.block.as_usize()) else { return 0 };
         let mut from = run.first;
-        while let Some(part) = block.withheld.next_run(from, u64::MAX).filter(|part| part.start < run.end().0) {
+        while let Some(part) = block.withheld.next_run(from, u64::MAX).filter(|part| part.start < run.end().0)
+        {
             let part = part.start..part.end.min(run.end().0);
             from = PageIndex(part.end);
             block.withheld.clear_range(part.clone());

@@ -148,7 +148,8 @@ impl ServedKeys {
     /// The destination reports that it has all of a span. False if that is no span whose key it has.
     #[must_use = "a report out of turn is the peer's failure"]
     pub(crate) fn received(&mut self, number: u32) -> bool {
-        let early = self.breakage.is(KeyBreakage::RevokeEarly) && self.state(number) == Some(SpanState::Received);
+        let early =
+            self.breakage.is(KeyBreakage::RevokeEarly) && self.state(number) == Some(SpanState::Received);
         if self.state(number) != Some(SpanState::Granted) {
             return early;
         }
@@ -180,9 +181,8 @@ impl ServedKeys {
     #[cfg(test)]
     pub(crate) fn may_be_given_back(&self) -> impl Iterator<Item = PageRun> + '_ {
         let late = self.breakage.is(KeyBreakage::RevokeLate);
-        let gone = move |span: &&Span| {
-            span.state == SpanState::Revoked || late && span.state == SpanState::Received
-        };
+        let gone =
+            move |span: &&Span| span.state == SpanState::Revoked || late && span.state == SpanState::Received;
         self.spans.iter().filter(gone).map(|span| span.run)
     }
 
@@ -241,7 +241,8 @@ impl PulledKeys {
     /// True if a key of this number for `run` is possible: neither the number nor a page is that of another key.
     pub(crate) fn may_add(&self, number: u32, run: PageRun) -> bool {
         let before = self.keys.range(..(run.block, run.end())).next_back();
-        let clashes = before.is_some_and(|((block, _), key)| *block == run.block && key.run.end() > run.first);
+        let clashes =
+            before.is_some_and(|((block, _), key)| *block == run.block && key.run.end() > run.first);
         self.keys.len() < MAX_KEYS && !clashes && !self.numbers.contains(&number)
     }
 

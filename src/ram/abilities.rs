@@ -15,6 +15,8 @@ pub struct MoverAbilities {
     pub ordered: bool,
     /// The transport registers guest memory with a device: no memory may be discarded meanwhile.
     pub registers_memory: bool,
+    /// After a switch to postcopy the peer reads missing pages from this end's memory itself.
+    pub serves_reads: bool,
     /// Maximum number of batches in flight.
     pub batches_in_flight: u32,
     /// Best number of pages in one batch.

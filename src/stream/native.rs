@@ -36,10 +36,14 @@
 //! Behind COMMIT only HOLDS and RUNNING follow: RESUME is a COMMIT where that has not come. A source that keeps its guest
 //! says so by RESUME as well, and nothing follows.
 //!
+//! Where the destination reads missing pages itself (RDMA READ, agreed by the connection), READ_KEYS follow the package
+//! of a switch to postcopy, and the destination reports each key whose pages it has by READ_WHOLE. No page is sent.
+//!
 //! PING([`channels_ping`]) reports how many page channels the source has. A destination with another number answers
 //! REFUSED, also before HELLO: the greeting has shown it that the source is a ramwire.
 
 mod finding;
+mod read_key;
 mod resume;
 
 use super::error::DecodeError;
@@ -49,6 +53,7 @@ use super::reader::Reader;
 use super::writer::Writer;
 use crate::ram::BlockName;
 pub use finding::Finding;
+pub use read_key::ReadKey;
 pub use resume::{Purpose, Resume};
 
 /// Value of the PING that asks "are you a ramwire?": `RWM1`.
@@ -77,6 +82,8 @@ pub const MAX_RANGES: usize = 2048;
 pub const MAX_COUNTS: usize = 256;
 /// Maximum number of fingerprints of one run in one FINGERPRINTS command.
 pub const MAX_FINGERPRINTS: usize = 4000;
+/// Maximum number of keys in one READ_KEYS command.
+pub const MAX_READ_KEYS: usize = 256;
 /// Name of the section that holds the device state between ramwire ends: `be64 length`, then the bytes.
 pub const STATE_SECTION: &str = "ramwire/state";
 
@@ -305,6 +312,12 @@ pub enum Order<'a> {
         /// Counts from 1, over all connections.
         number: u64,
     },
+    /// Keys for memory whose missing pages the destination reads itself. After the package, on a connection that agreed to
+    /// that.
+    ReadKeys {
+        /// [`ReadKey`]s, at least one and at most [`MAX_READ_KEYS`].
+        keys: &'a [u8],
+    },
     /// The first command on another connection of a migration whose connection was lost.
     Resume(Resume),
     /// The guest is yours. The source never resumes it again by itself.
@@ -331,6 +344,7 @@ impl Order<'_> {
                 Self::MemoryCheck(_) => 10,
                 Self::Fence { .. } => 11,
                 Self::Resume(_) => 12,
+                Self::ReadKeys { .. } => 13,
             }
     }
 
@@ -363,6 +377,9 @@ impl Order<'_> {
                 writer.be64(*number);
             }
             Self::Resume(resume) => resume.encode(&mut writer),
+            Self::ReadKeys { keys } => {
+                writer.bytes(keys);
+            }
             Self::Commit { migration_id } => {
                 writer.bytes(migration_id);
             }
@@ -432,6 +449,11 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
         10 => Order::MemoryCheck(Finding::decode(&mut reader).ok()??),
         11 => Order::Fence { number: reader.be64().ok()? },
         12 => Order::Resume(Resume::decode(&mut reader).ok()??),
+        13 => {
+            let keys = reader.rest();
+            let whole = !keys.is_empty() && keys.len().is_multiple_of(ReadKey::LEN);
+            return (whole && keys.len() / ReadKey::LEN <= MAX_READ_KEYS).then_some(Order::ReadKeys { keys });
+        }
         _ => return None,
     };
     reader.rest().is_empty().then_some(order)
@@ -458,6 +480,11 @@ pub enum Answer<'a> {
         /// Its number.
         number: u64,
     },
+    /// All missing pages of the memory behind a key are here: it is needed no more.
+    ReadWhole {
+        /// The key's number.
+        number: u32,
+    },
     /// The answer to RESUME.
     Holds {
         /// The source's secret: this is the destination that it lost.
@@ -479,6 +506,7 @@ impl Answer<'_> {
                 Self::Working => 5,
                 Self::Fenced { .. } => 6,
                 Self::Holds { .. } => 7,
+                Self::ReadWhole { .. } => 8,
             }
     }
 
@@ -490,6 +518,9 @@ impl Answer<'_> {
             Self::Ready | Self::Running | Self::Working => {}
             Self::Fenced { number } => {
                 writer.be64(*number);
+            }
+            Self::ReadWhole { number } => {
+                writer.be32(*number);
             }
             Self::Holds { secret, fence } => {
                 writer.bytes(secret).be64(*fence);
@@ -513,6 +544,7 @@ pub fn decode_answer(number: u16, body: &[u8]) -> Option<Answer<'_>> {
         4 => return std::str::from_utf8(body).ok().map(|why| Answer::Refused { why }),
         6 => Answer::Fenced { number: reader.be64().ok()? },
         7 => Answer::Holds { secret: reader.array().ok()?, fence: reader.be64().ok()? },
+        8 => Answer::ReadWhole { number: reader.be32().ok()? },
         _ => return None,
     };
     reader.rest().is_empty().then_some(answer)

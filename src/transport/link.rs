@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use crate::guest::Placer;
 use crate::observe::{DeltaCounts, PageCounts, SpliceCounts, ZeroCopyCounts};
-use crate::ram::{Fingerprints, MoverAbilities, PageBatch, PageRun, RoundKind};
+use crate::ram::{Fingerprints, Landing, MoverAbilities, PageBatch, PageRun, RoundKind};
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::packet_numbers::MissingPackets;
 use crate::stream::qemu::style::PeerStyle;
 use crate::stream::snapshot_note::SnapshotNote;
 use crate::sys::Stop;
-use crate::transport::{ByteSink, ByteSource, ChannelError, DeltaCacheSize, MoveError, Sealed, SnapshotFile};
+use crate::transport::{
+    ByteSink, ByteSource, ChannelError, DeltaCacheSize, MoveError, PulledPages, Sealed, SnapshotFile,
+};
 
 /// Names a batch handed to a link and not yet returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -163,6 +165,26 @@ pub trait SourceLink: Send + Sealed {
     /// [`MoveError`].
     fn drain(&mut self, stop: &Stop) -> Result<(), MoveError>;
 
+    /// After a switch to postcopy: no page is offered any more, since the peer reads the missing ones itself
+    /// ([`MoverAbilities::serves_reads`]).
+    ///
+    /// # Errors
+    /// [`MoveError`].
+    fn begin_reads(&mut self, _stop: &Stop) -> Result<(), MoveError> {
+        Ok(())
+    }
+
+    /// Lets the peer read this memory. Returns address and key; `None` from a link whose peer reads nothing.
+    ///
+    /// # Errors
+    /// [`MoveError`]: it can't be registered.
+    fn let_read(&mut self, _landing: Landing) -> Result<Option<(u64, u32)>, MoveError> {
+        Ok(None)
+    }
+
+    /// The peer reads this memory no more: its key is revoked when this returns.
+    fn forbid_read(&mut self, _landing: Landing) {}
+
     /// The peer has reported that the guest runs there: closes the connection in order.
     ///
     /// # Errors
@@ -188,6 +210,8 @@ pub struct DestinationAbilities {
     /// The peer writes nothing between a round's end and the next byte that is read of the stream, so that a round's
     /// pages can be searched for while nothing changes.
     pub waits_after_round: bool,
+    /// After a switch to postcopy the missing pages can be read from the source's memory.
+    pub reads_missing: bool,
     /// Pages come when they are touched, and the guest runs before they have: its memory is emptied before the first one.
     pub on_demand: bool,
 }
@@ -249,6 +273,15 @@ pub trait DestinationLink: Send + Sealed {
     /// [`MoveError`]: a channel failed, closed, or is not understood.
     fn barrier(&mut self, _stop: &Stop) -> Result<(), MoveError> {
         Ok(())
+    }
+
+    /// After a switch to postcopy: what reads the missing pages, of host pages of at most `host_page` bytes. `None` from a
+    /// link that [can't](DestinationAbilities::reads_missing).
+    ///
+    /// # Errors
+    /// [`MoveError`]: there is no memory for it.
+    fn read_missing(&mut self, _host_page: u64) -> Result<Option<Arc<dyn PulledPages>>, MoveError> {
+        Ok(None)
     }
 
     /// Packets of page channels that the source has sent, on any channel, and that have not arrived. Except at a

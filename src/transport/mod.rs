@@ -47,6 +47,7 @@ pub use open::{
     OpenError, RdmaOptions, Target, WhyNoRdma, connect, open_source, rdma_address, why_no_rdma,
 };
 pub use page_server::{PageServer, RemoteMemory, ServedPages};
+pub(crate) use page_supply::{OneByOne, PageReader, PageReads, PageSpan, PulledPages, RemoteSpan};
 pub use page_supply::{PageSupply, StoredMemory};
 #[cfg(not(any(test, feature = "testing")))]
 pub(crate) use sealed::Sealed;

@@ -4,12 +4,13 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 use twox_hash::XxHash3_128;
 
-use super::MappedDestination;
+use super::{ChannelError, MappedDestination};
 use crate::ram::PageBitmap;
 use crate::units::{BlockIndex, PageIndex, PageSize};
 
@@ -23,6 +24,82 @@ pub trait PageSupply: Send + Sync {
 
     /// What errors call it.
     fn name(&self) -> String;
+}
+
+/// Adjacent bytes of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageSpan {
+    /// The block, by the guest's own table.
+    pub block: BlockIndex,
+    /// Its first byte.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// What is to be read, and what becomes of it.
+pub trait PageReads {
+    /// The next bytes to read; `None`: nothing for now.
+    fn next(&mut self) -> Option<PageSpan>;
+
+    /// A read has ended. Without an error these are its bytes.
+    fn ended(&mut self, span: PageSpan, bytes: io::Result<&[u8]>);
+}
+
+/// Where the threads of a pager read.
+pub trait PageReader: Send + Sync {
+    /// Reads all that `reads` gives, until it gives nothing and every read has ended. `urgent`: threads wait for it. A
+    /// caller that reads what is urgent waits for no other.
+    fn read_all(&self, urgent: bool, reads: &mut dyn PageReads);
+
+    /// What errors call it.
+    fn name(&self) -> String;
+
+    /// Nothing can be read any more, and trying again is of no use.
+    fn is_gone(&self) -> bool {
+        false
+    }
+}
+
+/// Reads from a supply, one piece after the other.
+pub(crate) struct OneByOne(pub(crate) Arc<dyn PageSupply>);
+
+impl PageReader for OneByOne {
+    fn read_all(&self, _urgent: bool, reads: &mut dyn PageReads) {
+        let mut buffer = Vec::new();
+        while let Some(span) = reads.next() {
+            buffer.resize(usize::try_from(span.len).unwrap_or(0), 0);
+            let read = self.0.read(span.block, span.offset, &mut buffer);
+            reads.ended(span, read.map(|()| &buffer[..]));
+        }
+    }
+
+    fn name(&self) -> String {
+        self.0.name()
+    }
+}
+
+/// What a key opens to the holder of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteSpan {
+    /// The memory, by the guest's own table.
+    pub span: PageSpan,
+    /// Address of its first byte for the NIC.
+    pub address: u64,
+    /// The NIC's key.
+    pub rkey: u32,
+}
+
+/// Memory of a source that its destination reads, once it has keys.
+pub trait PulledPages: PageReader {
+    /// This memory can be read from here on.
+    fn grant(&self, memory: RemoteSpan);
+
+    /// Ends all reads. Again without effect.
+    fn end(&self);
+
+    /// Why nothing can be read any more; told once.
+    fn take_failure(&self) -> Option<ChannelError>;
 }
 
 /// Unchanging memory in one piece: a file that contains nothing else, or the RAM blocks of a mapped-ram file, one after

@@ -13,9 +13,6 @@ use super::{Args, Failure};
 /// Refuses a switch to postcopy where it is not possible.
 pub(super) fn refuse_postcopy(args: &Args) -> Result<(), Usage> {
     let why = match () {
-        () if args.transport == Transport::Rdma => {
-            "a guest that may switch to postcopy goes by a byte stream: give --transport tcp or unix"
-        }
         () if args.channels.count() > 0 && args.cut > 0 => {
             "connections that are cut have no page channels: leave --channels out, or --cut"
         }

@@ -70,6 +70,7 @@ impl Way {
             let mut options = ConnectionOptions::default();
             options.stream = local_options();
             options.rdma = args.rdma.options();
+            options.rdma.postcopy = postcopy;
             options.channels = args.channels.options()?;
             options.delta_cache = args.limits.delta_cache();
             let memory = Arc::clone(memory);

@@ -274,6 +274,7 @@ fn send(
     let mut options = ConnectionOptions::default();
     options.stream = args.timeouts.both.stream_options();
     options.rdma = args.rdma.options();
+    options.rdma.postcopy = args.postcopy.postcopy || args.timeout.may_switch();
     options.channels = args.channels.options()?;
     options.delta_cache = args.limits.delta_cache();
     options.retry = args.timeouts.retry;

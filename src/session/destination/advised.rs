@@ -1,10 +1,13 @@
 //! A source that may switch to postcopy, up to the package that hands over its guest.
 
+use std::sync::Arc;
+
 use crate::error::Remedy;
 use crate::guest::{Placer, ServeError};
 use crate::ram::{PageSet, RamBlockTable};
 use crate::stream::qemu::command::Discard;
 use crate::sys::MissingFaults;
+use crate::transport::PulledPages;
 use crate::units::BlockOffset;
 
 use super::DestinationSession;
@@ -20,6 +23,8 @@ pub(super) struct Advised {
     package: Vec<u8>,
     /// Pages that were discarded.
     expected_pages: PageSet,
+    /// What reads the missing pages, if the source sends none.
+    supply: Option<Arc<dyn PulledPages>>,
 }
 
 impl Advised {
@@ -35,12 +40,28 @@ impl Advised {
     }
 
     pub(super) fn with(faults: MissingFaults, host_pages: u64) -> Self {
-        Self { faults: Some(faults), host_pages, package: Vec::new(), expected_pages: PageSet::default() }
+        Self { faults: Some(faults), ..Self::elsewhere(host_pages) }
     }
 
     /// At a relay: no guest runs here.
     pub(super) fn elsewhere(host_pages: u64) -> Self {
-        Self { faults: None, host_pages, package: Vec::new(), expected_pages: PageSet::default() }
+        Self {
+            faults: None,
+            host_pages,
+            package: Vec::new(),
+            expected_pages: PageSet::default(),
+            supply: None,
+        }
+    }
+
+    /// The missing pages are read by `supply`.
+    pub(super) fn read_by(&mut self, supply: Arc<dyn PulledPages>) {
+        self.supply = Some(supply);
+    }
+
+    /// What reads the missing pages, if the source sends none.
+    pub(super) fn take_supply(&mut self) -> Option<Arc<dyn PulledPages>> {
+        self.supply.take()
     }
 
     pub(super) fn serves_here(&self) -> bool {
@@ -114,11 +135,26 @@ pub(super) fn refused(why: &str) -> Error {
 }
 
 impl DestinationSession {
+    /// The memory of a source that may switch is known: makes ready to read its missing pages, where it sends none.
+    pub(super) fn prepare_reads(&mut self, table: &RamBlockTable) -> Result<(), Error> {
+        if !self.switch.serves_here() {
+            return Ok(());
+        }
+        let used = table.blocks().iter().filter(|block| !block.flags.ignored);
+        let host_page = used.map(|block| block.host_page.bytes()).max().unwrap_or(0);
+        if let Some(supply) = self.wire.link.read_missing(host_page.max(table.page().bytes()))? {
+            self.switch.read_by(supply);
+        }
+        Ok(())
+    }
+
     /// The source may switch to postcopy.
     pub(super) fn advised(&mut self, host_pages: u64) -> Result<(), Error> {
-        if self.wire.link.abilities().has_rounds {
+        let able = self.wire.link.abilities();
+        if able.has_rounds && !able.reads_missing {
             return Err(Error::Config {
-                what: "the source may switch to postcopy, and pages come by RDMA into registered memory"
+                what: "the source may switch to postcopy, and its missing pages can't be read by RDMA: it is a QEMU, or one \
+                       of the devices does no RDMA READ"
                     .into(),
                 remedy: Remedy::Advice("turn postcopy-ram off at the source, or let it come over TCP"),
             });
@@ -130,6 +166,13 @@ impl DestinationSession {
                            the stream only"
                         .into(),
                     remedy: Remedy::Advice("leave the page channels out, or migrate without a relay"),
+                });
+            }
+            true if able.has_rounds => {
+                return Err(Error::Config {
+                    what: "the source may switch to postcopy, and a relay reads no missing pages by RDMA"
+                        .into(),
+                    remedy: Remedy::Advice("let it come over TCP, or migrate without a relay"),
                 });
             }
             true => Advised::elsewhere(host_pages),

@@ -17,6 +17,7 @@ mod postcopy;
 mod preempt;
 mod provider;
 mod reader;
+mod reads;
 mod receive;
 mod recovery;
 mod relayed;
@@ -302,6 +303,9 @@ impl DestinationSession {
         self.error.get_or_insert(error);
         if let Some(event) = self.relayed_loss() {
             return event;
+        }
+        if self.has_read_all() {
+            self.driver.engine.all_pages_came();
         }
         let survives = self.switch.survives_disconnect(self.may_recover());
         // The thread that loads the device state may have failed in the meantime.

@@ -28,12 +28,14 @@ use crate::transport::{ByteSink, ChannelError};
 use super::DestinationSession;
 use super::owner::Owner;
 use super::preempt::Preempt;
+use super::reads::Reads;
 use super::receive::{no_blocks, out_of_turn};
 use super::relayed::never_came;
 use super::return_path::ReturnPathWriter;
 use super::switch::Switch;
 use crate::session::Error;
 use crate::session::callback::guarded;
+use crate::session::workers::Spawner;
 
 /// Interval between two checks whether the last pages have arrived.
 const EXPECTED_CHECK_INTERVAL: Duration = Duration::from_micros(500);
@@ -220,6 +222,8 @@ type Loaded = (Box<dyn GuestControl>, Result<(), Error>);
 pub(super) struct Postcopy {
     pub(super) shared: Arc<Shared>,
     faults: Option<JoinHandle<()>>,
+    /// The missing pages are read here, and not sent.
+    pub(super) reads: Option<Reads>,
     loader: Option<JoinHandle<()>>,
     pub(super) preempt: Preempt,
     /// Pages that were discarded at the switchover: each is sent again before the end.
@@ -230,8 +234,25 @@ pub(super) struct Postcopy {
     time_to_run: Arc<Mutex<Duration>>,
 }
 
+impl Postcopy {
+    /// A thread asks the source for pages from here on.
+    fn serve_faults(&mut self, spawner: &Spawner) -> Result<(), Error> {
+        let serving = Arc::clone(&self.shared);
+        self.faults = Some(spawner.spawn("ramwire-faults", Box::new(move || serving.serve_faults()))?);
+        Ok(())
+    }
+
+    /// Pages are no longer read here: the source sends what is missing, on another connection.
+    pub(super) fn end_reads(&mut self, spawner: &Spawner) -> Result<(), Error> {
+        let Some(reads) = self.reads.take() else { return Ok(()) };
+        *self.shared.pager() = reads.end();
+        self.serve_faults(spawner)
+    }
+}
+
 impl Drop for Postcopy {
     fn drop(&mut self) {
+        self.reads = None;
         self.shared.over.cancel();
         self.shared.owner.step(Ownership::give_up);
         self.shared.lose_connection();
@@ -287,9 +308,10 @@ impl Switch {
 impl DestinationSession {
     /// The package is whole: faults are served, and a thread loads the state and starts the guest.
     pub(super) fn listen(&mut self, stream: &IncomingStream) -> Result<(), Error> {
-        let Some(advised) = self.switch.take_advised() else {
+        let Some(mut advised) = self.switch.take_advised() else {
             return Err(out_of_turn("a package", "a migration without ADVISE"));
         };
+        let supply = advised.take_supply();
         let (faults, package, expected_pages) = advised.into_parts();
         let Some(faults) = faults else {
             // A source may switch before its first section of pages.
@@ -340,12 +362,14 @@ impl DestinationSession {
             statistics: self.figures.shared(),
         });
         self.wire.stop = shared.stop();
-        let serving = Arc::clone(&shared);
-        let faults =
-            self.settings.spawner.spawn("ramwire-faults", Box::new(move || serving.serve_faults()))?;
+        let spawner = &self.settings.spawner;
+        let reads = supply
+            .map(|supply| Reads::start(&shared, &shared.faults, supply, &expected_pages, spawner))
+            .transpose()?;
         let mut postcopy = Postcopy {
             shared: Arc::clone(&shared),
-            faults: Some(faults),
+            faults: None,
+            reads,
             loader: None,
             preempt: Preempt::new(
                 stream.blocks().clone(),
@@ -357,6 +381,9 @@ impl DestinationSession {
             loaded: Arc::default(),
             time_to_run: Arc::default(),
         };
+        if postcopy.reads.is_none() {
+            postcopy.serve_faults(spawner)?;
+        }
         postcopy.preempt.start(&postcopy.shared)?;
         let state = self.state_of_package(decoded.sections)?;
         if let Some(incoming) = self.ingest.incoming() {
@@ -405,6 +432,9 @@ impl DestinationSession {
         if let Some(faults) = postcopy.faults.take() {
             let _ = faults.join();
         }
+        if let Some(reads) = postcopy.reads.take() {
+            *postcopy.shared.pager() = reads.end();
+        }
         if let Some(error) = postcopy.shared.failure.locked().take() {
             return Err(error);
         }
@@ -440,7 +470,9 @@ impl DestinationSession {
             return cause;
         }
         let Some(postcopy) = self.switch.running() else { return error };
-        postcopy.shared.failure.locked().take().unwrap_or(error)
+        let read = || postcopy.reads.as_ref().and_then(Reads::take_failure).map(Error::from);
+        let failure = postcopy.shared.failure.locked().take();
+        failure.or_else(read).unwrap_or(error)
     }
 
     /// A guest that is not known to be here is not started any more.
@@ -460,6 +492,9 @@ impl DestinationSession {
         if ending == Ending::Incomplete {
             // With the last descriptor closed a missing page would read as zero, and the guest would continue with it.
             std::mem::forget(Arc::clone(&postcopy.shared.faults));
+        }
+        if let Some(reads) = postcopy.reads.take() {
+            *postcopy.shared.pager() = reads.end();
         }
         let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared);
         let (faults, requests) = postcopy.shared.pager().counts();

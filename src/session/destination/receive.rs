@@ -184,6 +184,7 @@ impl DestinationSession {
         };
         self.ingest.place_in(memory, &incoming.blocks, known_zero, &how)?;
         self.announce(announced)?;
+        self.prepare_reads(Arc::clone(&self.ingest.memory()?).table())?;
         self.figures_of(&incoming)?;
         self.ingest.announced(incoming);
         Ok(())
@@ -241,6 +242,8 @@ impl DestinationSession {
             }
             Command::PostcopyRamDiscard(discard) => {
                 let placer = Arc::clone(self.ingest.placing()?.placer());
+                // Memory that is registered for the source stays where it is.
+                self.wire.link.revoke();
                 self.switch.discard(discard, &placer)?
             }
             Command::RecvBitmap { block } if self.switch.is_running() => self.send_received(block)?,
@@ -310,6 +313,7 @@ impl DestinationSession {
                 self.fingerprints(block, first, values).map(|()| None)
             }
             Order::Fence { number } => self.fence(number).map(|()| None),
+            Order::ReadKeys { keys } => self.read_keys(keys).map(|()| None),
             Order::Resume(_) => Err(out_of_turn("RESUME", "a connection in use")),
             Order::MemoryCheck(_) => Err(out_of_turn("MEMORY_CHECK", "the guest does not run here yet")),
             Order::Sent { counts } => self.source_sent(counts).map(|()| None),

@@ -95,6 +95,7 @@ impl DestinationSession {
             tracing::warn!(%error, guest, "the connection is lost, and the source may connect again");
         }
         postcopy.shared.back.replace(None);
+        postcopy.end_reads(&self.settings.spawner)?;
         // Whichever end lost it: a source that waits for an answer on it would not notice.
         if let Some(connection) = self.wire.link.stream().descriptor() {
             let _ = rustix::net::shutdown(connection, Shutdown::Both);

@@ -266,7 +266,8 @@ impl DestinationSession {
         let waits = between && relays && self.ingest.source_may_be_silent();
         let again = waits || self.may_resume();
         let stop = if again { self.wire.stop.within(LOOK_INTERVAL) } else { self.wire.stop.clone() };
-        (waits || between && !relays && self.may_hold_its_switchover(), stop)
+        let silent = waits || self.is_reading() || between && !relays && self.may_hold_its_switchover();
+        (silent, stop)
     }
 
     /// A read has ended without a byte. The source may have lost the connection and have connected again, while nothing

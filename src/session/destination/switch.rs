@@ -1,9 +1,12 @@
 //! A switch to postcopy: from ADVISE, which announces it as possible, to the last page.
 
+use std::sync::Arc;
+
 use crate::guest::Placer;
 use crate::ram::RamBlockTable;
 use crate::stream::qemu::command::Discard;
 use crate::sys::{MissingFaults, Stop};
+use crate::transport::PulledPages;
 
 use super::advised::{self, Advised};
 use super::arrivals::{Connections, SharedNext};
@@ -50,6 +53,13 @@ impl Switch {
     /// ADVISE was received.
     pub(super) fn advise(&mut self, advised: Advised) {
         self.advised = Some(advised);
+    }
+
+    /// What reads the missing pages of a source that has announced ADVISE.
+    pub(super) fn read_by(&mut self, supply: Arc<dyn PulledPages>) {
+        if let Some(advised) = &mut self.advised {
+            advised.read_by(supply);
+        }
     }
 
     /// The source may switch, and its guest has not moved.

@@ -1,8 +1,8 @@
 //! Memory that is filled while it is used: threads that serve its faults, and threads that read the rest.
 
 mod handed;
-mod reading;
 mod memory;
+mod reading;
 mod served;
 
 use std::fmt;

@@ -24,7 +24,8 @@ impl Filling {
     pub(in crate::session) fn serve_faults(&self) {
         let stop = Stop::on(&self.over);
         while let Ok(None) = stop.wait(self.memory.descriptor(), PollFlags::IN) {
-            self.supply.read_all(true, &mut Reading { filling: self, is_urgent: true, pieces: VecDeque::new() });
+            self.supply
+                .read_all(true, &mut Reading { filling: self, is_urgent: true, pieces: VecDeque::new() });
             if self.supply.is_gone() {
                 return self.end();
             }

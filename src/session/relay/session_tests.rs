@@ -74,6 +74,7 @@ impl SourceLink for NicSource {
             confirms_placement: true,
             ordered: true,
             registers_memory: false,
+            serves_reads: false,
             batches_in_flight: 1,
             batch_pages: 64,
         }

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Background, NextMissing, Pace, Release, SourceEvent};
+use crate::engine::{Background, NextMissing, Pace, Release, ServedKeys, SourceEvent};
 use crate::guest::GuestMemory;
 use crate::page::{ZeroDetection, classify};
 use crate::ram::{PageBatch, PageRun};
@@ -48,6 +48,8 @@ pub(super) struct Missing {
     pub(super) recovery: Recovery,
     /// Pages that may be released; `None`: none.
     pub(super) release: Option<Release>,
+    /// The peer reads the missing pages itself.
+    pub(super) served: Option<ServedKeys>,
     /// A relay's: the guest's own source, from its switch on.
     pub(super) behind: Option<Box<dyn Behind>>,
 }
@@ -63,6 +65,7 @@ impl Missing {
             urgent_pages: 0,
             recovery: Recovery::default(),
             release: None,
+            served: None,
             behind: None,
         }
     }
@@ -70,6 +73,8 @@ impl Missing {
     /// Another connection follows: on it the first record names its block, and so does the first request.
     pub(super) fn forget_connection(&mut self, memory: &Arc<dyn GuestMemory>, breakage: Breakage) {
         self.asked_block = None;
+        // Another connection carries them.
+        self.served = None;
         (self.rest, self.rest_is_asked) = (None, false);
         self.background.forget_connection();
         if let Some(release) = &mut self.release {
@@ -85,6 +90,9 @@ impl SourceSession {
     /// Sends missing pages until none is left, or until the engine calls. Requests are taken between any two batches.
     pub(super) fn send_missing(&mut self) -> Result<SourceEvent, Error> {
         self.check_layout()?;
+        if self.missing.served.is_some() {
+            return self.serve_reads();
+        }
         let before = self.wire.position();
         let mut open = false;
         loop {
@@ -327,6 +335,10 @@ impl SourceSession {
             .map_err(|error| refused(format!("which is refused: {error}")))?;
         let run = landing.run(table.page());
         self.figures.requested();
+        if let Some(served) = &mut self.missing.served {
+            served.want(run);
+            return Ok(());
+        }
         if self.missing.behind.as_mut().is_some_and(|behind| behind.ask(run)) {
             return Ok(());
         }

@@ -21,6 +21,7 @@ mod release;
 mod resume;
 mod return_path;
 mod rounds;
+mod served;
 mod setup;
 #[cfg(test)]
 pub(super) mod skip_tests;

@@ -253,6 +253,9 @@ impl SourceSession {
         if let PeerMessage::Fenced(number) = message {
             return self.fence_confirmed(number).map(|()| None);
         }
+        if let PeerMessage::ReadWhole(number) = message {
+            return self.span_is_there(number).map(|()| None);
+        }
         let event = match &message {
             PeerMessage::Working => SourceEvent::Working,
             PeerMessage::Ready => SourceEvent::Ready,

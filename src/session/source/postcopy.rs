@@ -26,7 +26,7 @@ use super::peer::refuse_verdict;
 use super::return_path::{PeerMessage, check_deadline};
 use super::setup;
 use super::urgent;
-use crate::session::config::Verify;
+use crate::session::config::{SourceSettings, Verify};
 use crate::session::{Breakage, Error};
 
 /// Bytes of discards that leave together.
@@ -79,9 +79,20 @@ impl SourceSession {
                 "fingerprints are compared before the guest is handed over, and pages would be missing then",
                 "ask for one of them",
             ),
-            () if self.wire.link.abilities().registers_memory => {
-                refused("its pages are placed by a NIC", "use a tcp: or unix: address")
+            () if self.wire.link.abilities().registers_memory && !self.wire.link.abilities().serves_reads => {
+                refused(
+                    "its pages are placed by a NIC: missing ones can only be read by a ramwire of this version, over devices \
+                     that do RDMA READs",
+                    "set RdmaOptions::postcopy towards a ramwire; use a tcp: or unix: address otherwise",
+                )
             }
+            () if self.upstream.is_some() && self.wire.link.abilities().serves_reads => {
+                refused("a relay lets nobody read its memory", "use a tcp: or unix: address")
+            }
+            () if self.wire.link.abilities().serves_reads && self.settings.reads_have_no_effect() => refused(
+                "over RDMA the destination reads the missing pages itself, at its own rate and urgent ones first",
+                "leave the limit of their rate and the connection for urgent pages out",
+            ),
             () if self.upstream.is_some() && self.wire.link.page_channels() > 0 => refused(
                 "a relay's missing pages travel in the stream only",
                 "use a tcp: or unix: address, without page channels",
@@ -134,6 +145,7 @@ impl SourceSession {
             let pages = pages_of_host_page(&*memory, block);
             self.pages.dirty.set_run(PageRun { block: BlockIndex(0), first: PageIndex(0), pages });
         }
+        self.begin_serving()?;
         self.track_releases();
         let mut out = Vec::new();
         setup::before_last_section(self, &mut out);
@@ -235,6 +247,13 @@ impl SourceSession {
         let position = self.wire.position();
         self.figures.position(position);
         Ok(SourceEvent::Done)
+    }
+}
+
+impl SourceSettings {
+    /// True for settings about missing pages that are sent.
+    fn reads_have_no_effect(&self) -> bool {
+        self.postcopy.as_ref().is_some_and(|postcopy| postcopy.preempt || postcopy.max_bandwidth.is_some())
     }
 }
 

@@ -22,7 +22,10 @@ impl SourceSession {
     pub(super) fn track_releases(&mut self) {
         if self.settings.postcopy.as_ref().is_some_and(|postcopy| postcopy.release_ram) {
             let mut release = Release::new(self.guest.memory.table());
-            release.confirm_clean(&self.pages.dirty);
+            // Memory that the destination reads stays where it is, also between pages that it lacks.
+            if self.missing.served.is_none() {
+                release.confirm_clean(&self.pages.dirty);
+            }
             self.missing.release = Some(release);
         }
     }
@@ -68,6 +71,7 @@ impl SourceSession {
 
     /// The guest runs at the destination, whole.
     pub(super) fn release_all(&mut self) {
+        debug_assert!(self.missing.served.as_ref().is_none_or(|served| !served.has_keys_out()));
         let Some(release) = self.missing.release.as_mut() else { return };
         release.confirm_clean(&self.pages.dirty);
         while self.release_some() {}

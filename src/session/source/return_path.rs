@@ -40,6 +40,8 @@ pub(super) enum PeerMessage {
     Resumed,
     /// All in front of the fence of this number is in place.
     Fenced(u64),
+    /// The pages behind the key of this number are there.
+    ReadWhole(u32),
     /// The answer to RESUME.
     Holds {
         secret: [u8; 16],
@@ -189,6 +191,7 @@ fn peer_message(message: Message<'_>) -> PeerMessage {
         Message::Native(Answer::Working) => PeerMessage::Working,
         Message::Native(Answer::Refused { why }) => PeerMessage::Refused(why.to_owned()),
         Message::Native(Answer::Fenced { number }) => PeerMessage::Fenced(number),
+        Message::Native(Answer::ReadWhole { number }) => PeerMessage::ReadWhole(number),
         Message::Native(Answer::Holds { secret, fence }) => PeerMessage::Holds { secret, fence },
         Message::ReceivedBitmap { block } => PeerMessage::Received(block.to_owned()),
         Message::ResumeAck(_) => PeerMessage::Resumed,

@@ -267,6 +267,7 @@ impl SourceLink for InlineLink {
             confirms_placement: false,
             ordered: true,
             registers_memory: false,
+            serves_reads: false,
             batches_in_flight: 1,
             batch_pages: PAGES_PER_SEND as u32,
         }

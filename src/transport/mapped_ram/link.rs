@@ -192,6 +192,7 @@ impl SourceLink for MappedLink {
             confirms_placement: false,
             ordered: false,
             registers_memory: false,
+            serves_reads: false,
             batches_in_flight: (self.threads.len() * (QUEUED + 1)) as u32,
             batch_pages: BATCH_PAGES,
         }

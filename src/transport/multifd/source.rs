@@ -260,6 +260,7 @@ impl SourceLink for MultifdLink {
             confirms_placement: false,
             ordered: false,
             registers_memory: false,
+            serves_reads: false,
             batches_in_flight: (self.active * (QUEUED + 1)) as u32,
             batch_pages: BATCH_PAGES,
         }

@@ -23,6 +23,9 @@ pub struct RdmaOptions {
     /// At a source: the guest can't promise to keep its memory in place (its `GuestControl::forbid_discard` returns
     /// no). Then `rdma:` is refused, and `auto:` uses TCP.
     pub may_discard: bool,
+    /// At a source: the guest may switch to postcopy. Its missing pages are read by the destination then, a ramwire; the
+    /// queue pairs for that are made with the others.
+    pub postcopy: bool,
 }
 
 impl Default for RdmaOptions {
@@ -34,6 +37,7 @@ impl Default for RdmaOptions {
             queue_pairs: 1,
             wait_after_round: false,
             may_discard: false,
+            postcopy: false,
         }
     }
 }

@@ -10,6 +10,7 @@ use rdma_hooks::{
     ReturnWriter, Stopped,
 };
 
+use super::reads::RdmaPages;
 use super::source::own_room;
 use super::{End, MAX_DATA_QUEUES, WINDOW, misused};
 use crate::guest::{GuestError, Placer};
@@ -18,8 +19,8 @@ use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::sys::{RecvPart, SendPart, Stop};
 use crate::transport::{
     Address, AllowList, ByteSink, ByteSource, ChannelError, ChosenTransport, DestinationAbilities,
-    DestinationConnection, DestinationLink, LiveBytes, MoveError, RdmaOptions, ReadHints, RoundReceived,
-    StreamOptions,
+    DestinationConnection, DestinationLink, LiveBytes, MoveError, PulledPages, RdmaOptions, ReadHints,
+    RoundReceived, StreamOptions,
 };
 use crate::units::BlockIndex;
 
@@ -261,6 +262,7 @@ impl DestinationLink for RdmaDestination {
         let window = |hooks: &DestinationHooks| hooks.granted().extension.map_or(1, |more| more.window);
         DestinationAbilities {
             has_rounds: true,
+            reads_missing: self.hooks.as_ref().is_some_and(DestinationHooks::can_read),
             waits_after_round: self.hooks.as_ref().is_none_or(|hooks| window(hooks) == 1),
             ..DestinationAbilities::default()
         }
@@ -304,6 +306,11 @@ impl DestinationLink for RdmaDestination {
             hooks.serve_round(&bounds.hooks, pause).map_err(|error| bounds.error(SERVING, error))?;
         let Some(summary) = summary else { return Ok(None) };
         Ok(Some(RoundReceived { touched: self.newly_touched(), zero_bytes: summary.zero_bytes }))
+    }
+
+    fn read_missing(&mut self, host_page: u64) -> Result<Option<Arc<dyn PulledPages>>, MoveError> {
+        let Some(hooks) = self.hooks.as_mut().filter(|hooks| hooks.can_read()) else { return Ok(None) };
+        Ok(Some(Arc::new(RdmaPages::new(hooks, self.end.clone(), host_page)?)))
     }
 
     fn live_bytes(&self) -> LiveBytes {

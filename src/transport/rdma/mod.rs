@@ -19,6 +19,7 @@
 
 mod destination;
 mod here;
+mod reads;
 #[cfg(feature = "tls")]
 mod secured;
 #[cfg(test)]

@@ -12,7 +12,7 @@ use rdma_hooks::{
 use super::{End, MAX_DATA_QUEUES, WINDOW, misused};
 use crate::guest::{GuestError, GuestMemory};
 use crate::observe::PageCounts;
-use crate::ram::{MoverAbilities, PageBatch, RoundKind, Verdict};
+use crate::ram::{Landing, MoverAbilities, PageBatch, RoundKind, Verdict};
 use crate::sys::{RecvPart, SendPart, Stop, random_id};
 use crate::transport::RdmaOptions;
 use crate::transport::{
@@ -24,6 +24,7 @@ use crate::units::BlockIndex;
 const CONNECTING: &str = "connecting";
 const SENDING: &str = "sending the stream";
 const WRITING: &str = "writing pages";
+const SERVING: &str = "letting the destination read missing pages";
 const FINISHING: &str = "finishing the stream";
 const LISTENING: &str = "waiting for an answer";
 
@@ -63,7 +64,7 @@ pub fn connect_over(
         extension: Some(ExtensionOffer {
             data_queues: rdma.queue_pairs.saturating_sub(1).min(MAX_DATA_QUEUES),
             window: WINDOW,
-            features: Features::ALL,
+            features: Features { reads: rdma.postcopy, ..Features::ALL },
             migration: MigrationId(random_id()),
         }),
         most_blocks: memory.table().blocks().len().max(1024),
@@ -285,6 +286,7 @@ impl SourceLink for RdmaLink {
             confirms_placement: true,
             ordered: true,
             registers_memory: true,
+            serves_reads: self.wire.hooks.as_ref().is_some_and(SourceHooks::serves_reads),
             batches_in_flight: (IN_FLIGHT_BYTES / self.page_bytes / u64::from(BATCH_PAGES)) as u32,
             batch_pages: BATCH_PAGES,
         }
@@ -373,6 +375,28 @@ impl SourceLink for RdmaLink {
         hooks.drain(&bounds.hooks).map_err(|error| bounds.error(WRITING, error))?;
         self.retire(last);
         Ok(())
+    }
+
+    fn begin_reads(&mut self, stop: &Stop) -> Result<(), MoveError> {
+        let hooks = Wire::hooks(&mut self.wire.hooks, &self.wire.end, SERVING)?;
+        let bounds = self.wire.end.bounds(stop, time_for(self.in_flight));
+        Ok(hooks.begin_reads(&bounds.hooks).map_err(|error| bounds.error(SERVING, error))?)
+    }
+
+    fn let_read(&mut self, landing: Landing) -> Result<Option<(u64, u32)>, MoveError> {
+        let hooks = Wire::hooks(&mut self.wire.hooks, &self.wire.end, SERVING)?;
+        let never = Stop::never();
+        let bounds = self.wire.end.stall_bounds(&never);
+        let start = landing.offset().0;
+        let key = hooks.let_read(landing.block().0, start..start + landing.len());
+        let key = key.map_err(|error| bounds.error(SERVING, error))?;
+        Ok(Some((key.address, key.rkey)))
+    }
+
+    fn forbid_read(&mut self, landing: Landing) {
+        if let Some(hooks) = &mut self.wire.hooks {
+            hooks.forbid_read(landing.block().0, landing.offset().0);
+        }
     }
 
     fn close(&mut self, stop: &Stop) -> Result<(), MoveError> {

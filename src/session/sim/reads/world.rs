@@ -102,7 +102,8 @@ impl World {
             let pages = table.pages_of(block);
             for _ in 0..1 + rng.below(6) {
                 let first = rng.below(pages);
-                let run = PageRun { block: index, first: PageIndex(first), pages: 1 + rng.below(pages - first) };
+                let run =
+                    PageRun { block: index, first: PageIndex(first), pages: 1 + rng.below(pages - first) };
                 dirty.set_run(run);
             }
             dirty.widen(index, host);
@@ -217,9 +218,10 @@ impl World {
     fn give_back(&mut self) {
         let runs: Vec<PageRun> = self.served.may_be_given_back().collect();
         for run in runs {
-            let lives = self.live.values().any(|live| {
-                live.block == run.block && live.first < run.end() && run.first < live.end()
-            });
+            let lives = self
+                .live
+                .values()
+                .any(|live| live.block == run.block && live.first < run.end() && run.first < live.end());
             self.findings.must(!lives, "memory is given back while its key lives");
             if !self.fill.is_whole() {
                 self.findings.saw("memory is given back while pages are missing");
@@ -299,9 +301,9 @@ impl World {
 
     fn has_key(&self, run: PageRun) -> bool {
         self.granted.iter().any(|number| {
-            self.live.get(number).is_some_and(|key| {
-                key.block == run.block && key.first <= run.first && run.end() <= key.end()
-            })
+            self.live
+                .get(number)
+                .is_some_and(|key| key.block == run.block && key.first <= run.first && run.end() <= key.end())
         })
     }
 
@@ -328,12 +330,13 @@ impl World {
     }
 
     fn begin(&mut self, read: Read) {
-        let twice = self.under_way.iter().any(|other| {
-            other.urgent == read.urgent && overlaps(other.run, read.run)
-        });
+        let twice =
+            self.under_way.iter().any(|other| other.urgent == read.urgent && overlaps(other.run, read.run));
         self.findings.must(!twice, "a page is read twice");
         self.findings.must(
-            self.has_key(read.run) || self.orders.keys == KeyBreakage::RevokeEarly || self.is_here(read.run)
+            self.has_key(read.run)
+                || self.orders.keys == KeyBreakage::RevokeEarly
+                || self.is_here(read.run)
                 || self.orders.keys == KeyBreakage::ReportEarly,
             "a page is read without a key",
         );
@@ -352,7 +355,9 @@ impl World {
             .flatten()
             .filter(|page| !self.faults.contains(page))
             .map(|page| self.host_page(*page))
-            .filter(|page| self.has_key(*page) && !self.under_way.iter().any(|read| overlaps(read.run, *page)))
+            .filter(|page| {
+                self.has_key(*page) && !self.under_way.iter().any(|read| overlaps(read.run, *page))
+            })
             .collect();
         let Some(run) = self.fill.next_run() else { return };
         let first = waiting.is_empty() || waiting.iter().any(|page| overlaps(*page, run));
