@@ -56,7 +56,7 @@ pub(super) fn warn_if_not_replaceable(command: &'static str, statistics: &Shared
         if let EventKind::NotReplaceable { why } = &event.kind {
             note!(
                 "ramwire {command}: --reconnect has no effect here, the loss of the connection ends the migration: {why} \
-                 (it needs a `ramwire receive --reconnect` at tcp: or unix:)"
+                 (it needs a `ramwire receive --reconnect` at tcp:, unix: or auto:, or one with --fallback at both ends)"
             );
         }
     });

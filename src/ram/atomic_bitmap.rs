@@ -56,7 +56,7 @@ impl AtomicBitmap {
     }
 
     /// Clears all pages.
-    pub fn clear_all(&self) {
+    pub(crate) fn clear_all(&self) {
         // A plain load first, as in `take`.
         for word in self.words.iter().filter(|word| word.load(Ordering::Relaxed) != 0) {
             word.swap(0, Ordering::AcqRel);
@@ -143,7 +143,7 @@ impl ReceivedMap {
     }
 
     /// All pages have to be received again.
-    pub fn forget_all(&self) {
+    pub(crate) fn forget_all(&self) {
         self.blocks.iter().for_each(AtomicBitmap::clear_all);
         self.count.store(0, Ordering::Relaxed);
     }

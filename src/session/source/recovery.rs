@@ -83,6 +83,11 @@ impl Recovery {
         }
     }
 
+    /// The embedder has said how further connections come about.
+    pub(super) fn is_asked_for(&self) -> bool {
+        self.reconnect.is_some()
+    }
+
     pub(super) fn can_connect(&self) -> bool {
         self.reconnect.as_ref().is_some_and(|reconnect| reconnect.may_connect())
     }

@@ -64,12 +64,15 @@ impl SourceSession {
 
     /// Further connections were asked for, and it is known now that there are none before a switch to postcopy.
     pub(super) fn tell_if_not_replaceable(&mut self, handover: Handover) {
-        let asked = self.settings.reconnect_timeout > Duration::ZERO && self.missing.recovery.can_connect();
+        let asked = self.settings.reconnect_timeout > Duration::ZERO && self.missing.recovery.is_asked_for();
         let Resumption { ours, theirs, .. } = &self.missing.recovery.resumption;
         let why = match () {
             // Behind the switch a lost connection is replaced all the same.
             () if !asked || self.settings.postcopy.is_some() || theirs.is_some() => return,
             () if self.wire.back.is_none() => "this connection carries no answers",
+            () if !self.missing.recovery.can_connect() => {
+                "no address is known at which a byte stream leads to the destination"
+            }
             () if handover != Handover::Native => "the destination is a QEMU",
             () if ours.is_some() => "the destination waits for no other connection: it was not asked to",
             () if self.may_pass_memory() => "this guest's memory is passed",
