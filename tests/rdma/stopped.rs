@@ -24,7 +24,7 @@ fn signal(pid: u32, signal: Signal) {
 }
 
 /// Registrations that the kernel lists, of one process or of all.
-pub(crate) fn registrations(of: Option<u32>) -> usize {
+fn registrations(of: Option<u32>) -> usize {
     let listed = Command::new("rdma").args(["resource", "show", "mr"]).output().expect("rdma").stdout;
     let theirs = of.map_or(String::new(), |pid| format!(" pid {pid} "));
     String::from_utf8_lossy(&listed)
