@@ -152,4 +152,16 @@ mod tests {
         };
         assert_eq!([false, false, true, true, false, true].map(&mut connects), [0, 0, 1, 2, 2, 0]);
     }
+
+    /// A device that has failed is not asked again.
+    #[test]
+    fn an_rdma_address_is_left_for_a_stream_and_leads_nowhere_alone() {
+        let redial = |address: &str| Redial::new(address.parse().unwrap(), StreamOptions::default());
+        assert!(!redial("rdma:10.0.0.7:4444").may_connect() && !redial("fd:3").may_connect());
+        let beside = redial("rdma:10.0.0.7:4444").with_fallbacks([Address::tcp("10.0.0.7", 4445)]);
+        assert_eq!((beside.address.to_string(), beside.others.len()), ("tcp:10.0.0.7:4445".into(), 0));
+        let auto = redial("auto:10.0.0.7:4444");
+        assert!(auto.may_connect() && beside.may_connect());
+        assert_eq!(auto.address.to_string(), "tcp:10.0.0.7:4444");
+    }
 }
