@@ -8,6 +8,7 @@ mod common;
 
 mod auto;
 mod failover;
+mod reads;
 mod relay;
 mod stopped;
 #[cfg(feature = "tls")]

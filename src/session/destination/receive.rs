@@ -243,7 +243,9 @@ impl DestinationSession {
             Command::PostcopyRamDiscard(discard) => {
                 let placer = Arc::clone(self.ingest.placing()?.placer());
                 // Memory that is registered for the source stays where it is.
-                self.wire.link.revoke();
+                if self.wire.link.abilities().has_rounds {
+                    self.wire.link.revoke();
+                }
                 self.switch.discard(discard, &placer)?
             }
             Command::RecvBitmap { block } if self.switch.is_running() => self.send_received(block)?,

@@ -360,7 +360,10 @@ impl World {
             })
             .collect();
         let Some(run) = self.fill.next_run() else { return };
-        let first = waiting.is_empty() || waiting.iter().any(|page| overlaps(*page, run));
+        // Two threads may wait for one page, and the fault of only one have been taken.
+        let is_waited_for =
+            |run| self.threads.iter().flatten().any(|page| overlaps(self.host_page(*page), run));
+        let first = waiting.is_empty() || is_waited_for(run);
         self.findings.must(first, "a page that a thread waits for is read behind others");
         self.begin(Read { run, urgent: false });
     }

@@ -1,0 +1,123 @@
+//! A switch to postcopy: the destination reads the missing pages from its source's memory, also while the source's process
+//! is stopped.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::common::{Deadline, ramwire::Ramwire, scratch};
+
+const DEMO: [&str; 9] =
+    ["demo", "--json", "--transport", "rdma", "--postcopy", "--downtime-ms", "0", "--working-set", "2M"];
+
+fn demo(dir: &Path, more: &[&str], ram: &str) -> Ramwire {
+    let arguments = [&DEMO[..], more, &["--dirty-rate", "1M", "--ram"]].concat();
+    Ramwire::start(dir, &arguments, ram)
+}
+
+fn whole(report: &Value) {
+    assert_eq!((&report["verified"], &report["pages_wrong"]), (&json!(true), &json!(0)), "{report}");
+    assert_eq!(
+        (&report["transport"], &report["postcopy"]["switched"]),
+        (&json!("rdma"), &json!(true)),
+        "{report}"
+    );
+}
+
+/// The process of the demo's destination.
+fn destination(of: u32) -> Option<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{of}/task/{of}/children")).ok()?;
+    children.split_whitespace().next()?.parse().ok()
+}
+
+/// True while a process has a thread of this name.
+fn has_thread(pid: u32, name: &str) -> bool {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
+    let names = tasks.flatten().map(|task| std::fs::read_to_string(PathBuf::from(task.path()).join("comm")));
+    names.flatten().any(|found| found.trim_end() == name)
+}
+
+fn registrations(of: Option<u32>) -> usize {
+    let listed = Command::new("rdma").args(["resource", "show", "mr"]).output().expect("rdma").stdout;
+    let theirs = of.map_or(String::new(), |pid| format!(" pid {pid} "));
+    let lines = String::from_utf8_lossy(&listed).into_owned();
+    lines.lines().filter(|line| line.contains("mrn") && line.contains(&theirs)).count()
+}
+
+fn signal(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_missing_pages_are_read_from_the_source_and_every_page_is_there() {
+    for more in [
+        &[][..],
+        &["--postcopy-after", "1"],
+        &["--postcopy-after", "1", "--pin-all", "--release-ram"],
+        &["--queue-pairs", "4"],
+    ] {
+        let dir = scratch();
+        let report = demo(dir.path(), more, "32M").finished(Deadline::seconds(60), 0);
+        whole(&report);
+        println!("{more:?}: {}", report["postcopy"]);
+        let written = report["pages"]["normal"].as_u64().unwrap();
+        assert_eq!(written > 0, more.contains(&"--postcopy-after"), "{report}");
+        assert!(report["postcopy"]["faults"].as_u64().unwrap() > 0, "{report}");
+        assert_eq!(registrations(None), 0, "nothing is left");
+    }
+}
+
+/// The source's threads are stopped when its keys are out: its memory is read all the same.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_source_that_is_stopped_holds_no_page_back() {
+    let caught = (0..8).any(|attempt| {
+        let dir = scratch();
+        let mut source = demo(dir.path(), &[], "96M");
+        let pid = source.pid();
+        // Six spans; the buffers of the connections are fewer.
+        let before = || destination(pid).filter(|destination| has_thread(*destination, "ramwire-reads"));
+        let reads = Deadline::seconds(30).poll("the switch", || source.errors(), before);
+        std::thread::sleep(std::time::Duration::from_millis(20 * attempt));
+        signal(pid, Signal::STOP);
+        let in_the_middle = has_thread(reads, "ramwire-reads");
+        // The thread ends with the last missing page; it does not if a key was not out yet.
+        let over = Deadline::seconds(5);
+        while has_thread(reads, "ramwire-reads") && !over.is_over() {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let all_came = !has_thread(reads, "ramwire-reads");
+        println!("attempt {attempt}: in the middle {in_the_middle}, all came {all_came}");
+        signal(pid, Signal::CONT);
+        whole(&source.finished(Deadline::seconds(60), 0));
+        in_the_middle && all_came
+    });
+    assert!(caught, "never stopped while pages were read");
+}
+
+/// The guest waits for what only the dead source had; both ends are gone from the device.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_a_source_that_is_killed_ends_the_migration_at_the_other_end() {
+    let caught = (0..8).any(|attempt| {
+        let dir = scratch();
+        let source = demo(dir.path(), &[], "96M");
+        let pid = source.pid();
+        let before = || destination(pid).filter(|destination| has_thread(*destination, "ramwire-reads"));
+        let reads = Deadline::seconds(30).poll("the switch", || source.errors(), before);
+        std::thread::sleep(std::time::Duration::from_millis(5 * attempt));
+        signal(pid, Signal::KILL);
+        let in_the_middle = has_thread(reads, "ramwire-reads");
+        let text = || format!("attempt {attempt}: {}", source.errors());
+        let ended = || (!has_thread(reads, "ramwire-reads")).then_some(());
+        Deadline::seconds(20).poll("the end of the reads", text, ended);
+        let gone = || (registrations(None) == 0).then_some(());
+        Deadline::seconds(20).poll("nothing is registered", text, gone);
+        println!("{}", text());
+        in_the_middle
+    });
+    assert!(caught, "never killed while pages were read");
+}
