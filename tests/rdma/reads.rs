@@ -78,10 +78,12 @@ fn in_rxe_guest_a_source_that_is_stopped_holds_no_page_back() {
         let dir = scratch();
         let mut source = demo(dir.path(), &[], "96M");
         let pid = source.pid();
-        // Six spans; the buffers of the connections are fewer.
         let before = || destination(pid).filter(|destination| has_thread(*destination, "ramwire-reads"));
         let reads = Deadline::seconds(30).poll("the switch", || source.errors(), before);
-        std::thread::sleep(std::time::Duration::from_millis(20 * attempt));
+        // Two buffers for each of four queue pairs, and all of six spans.
+        let keys_are_out =
+            || (!has_thread(reads, "ramwire-reads") || registrations(Some(pid)) >= 14).then_some(());
+        Deadline::seconds(20).poll("all keys", || format!("{}", registrations(Some(pid))), keys_are_out);
         signal(pid, Signal::STOP);
         let in_the_middle = has_thread(reads, "ramwire-reads");
         // The thread ends with the last missing page; it does not if a key was not out yet.

@@ -1,7 +1,7 @@
 //! A queue pair on which the destination reads the source's memory, into buffers of its own.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::fabric::{
     Access, AddressBase, Completion, CompletionStatus, Endpoint, FabricError, LinkState, Operation,
@@ -192,16 +192,13 @@ impl ReadLane {
     pub fn wait(&mut self, stop: &Stop) -> Result<(), HooksError> {
         let now = self.endpoint.now();
         stop.check(now)?;
-        match self.endpoint.link() {
-            Ok(LinkState::Up) => {}
-            Ok(LinkState::Disconnected) => return Ok(self.fail(FabricError::Disconnected)),
-            Ok(LinkState::DeviceRemoved) => return Ok(self.fail(FabricError::DeviceRemoved)),
-            Err(error) => return Ok(self.fail(error)),
-        }
-        let slice: Duration = stop.slice(now);
-        if let Err(error) = self.endpoint.wait(slice) {
-            self.fail(error);
-        }
+        let slept = match self.endpoint.link() {
+            Ok(LinkState::Up) => self.endpoint.wait(stop.slice(now)),
+            Ok(LinkState::Disconnected) => Err(FabricError::Disconnected),
+            Ok(LinkState::DeviceRemoved) => Err(FabricError::DeviceRemoved),
+            Err(error) => Err(error),
+        };
+        slept.unwrap_or_else(|error| self.fail(error));
         Ok(())
     }
 

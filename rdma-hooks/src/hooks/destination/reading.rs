@@ -3,7 +3,7 @@
 use super::{DestinationHooks, is_of};
 use crate::capabilities::{Capabilities, Role};
 use crate::channel::reading_params;
-use crate::fabric::{Endpoint, Listener};
+use crate::fabric::Listener;
 use crate::hooks::{HooksError, READ_QUEUES, ReadLane};
 use crate::region::HostRegion;
 use crate::stop::Stop;
@@ -31,8 +31,8 @@ impl DestinationHooks {
 
     /// True if the source's memory can be read: both ends agreed to it, and the devices do READs.
     pub fn can_read(&self) -> bool {
-        let reads = |endpoint: &Box<dyn Endpoint>| endpoint.limits().reads.own > 0;
-        !self.read_queues.is_empty() && self.read_queues.iter().all(reads)
+        let limits = self.read_queues.iter().map(|endpoint| endpoint.limits().reads.own);
+        !self.read_queues.is_empty() && limits.min() > Some(0)
     }
 
     /// Moves the queue pairs out, each with memory for its buffers and the bytes of one buffer: first that for pages
