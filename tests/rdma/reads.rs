@@ -1,7 +1,7 @@
 //! A switch to postcopy: the destination reads the missing pages from its source's memory, also while the source's process
 //! is stopped.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -35,7 +35,7 @@ fn destination(of: u32) -> Option<u32> {
 /// True while a process has a thread of this name.
 fn has_thread(pid: u32, name: &str) -> bool {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return false };
-    let names = tasks.flatten().map(|task| std::fs::read_to_string(PathBuf::from(task.path()).join("comm")));
+    let names = tasks.flatten().map(|task| std::fs::read_to_string(task.path().join("comm")));
     names.flatten().any(|found| found.trim_end() == name)
 }
 

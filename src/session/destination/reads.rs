@@ -16,7 +16,7 @@ use crate::guest::Placer;
 use crate::ram::{PageBitmap, PageSet};
 use crate::stream::native::{Answer, ReadKey};
 use crate::stream::qemu::return_path::Message;
-use crate::sys::MissingFaults;
+use crate::sys::{Job, MissingFaults};
 use crate::transport::{ChannelError, PageSpan, PulledPages, RemoteSpan};
 use crate::units::{BlockIndex, BlockOffset};
 
@@ -56,7 +56,7 @@ impl Reads {
         let (serves, reads, tells) =
             (Arc::clone(&this.filling), Arc::clone(&this.filling), Arc::clone(&this.filling));
         let shared = Arc::clone(shared);
-        let jobs: [(&'static str, Box<dyn FnOnce() + Send>); 3] = [
+        let jobs: [(&'static str, Job); 3] = [
             ("ramwire-faults", Box::new(move || serves.serve_faults())),
             ("ramwire-reads", Box::new(move || reads.read_rest())),
             ("ramwire-keys", Box::new(move || tell_source(&tells, &shared))),
