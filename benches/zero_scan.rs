@@ -27,12 +27,27 @@ fn by_scalar(region: &HostRegion, page: u64) -> bool {
         .all(|line| (0..8).fold(0, |all, at| all | unsafe { start.add(line * 8 + at).read_volatile() }) == 0)
 }
 
+#[cfg(not(target_arch = "x86_64"))]
+mod simd {
+    pub(super) fn candidates() -> [(&'static str, super::Test); 0] {
+        []
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod simd {
     use super::*;
     use std::arch::x86_64::*;
 
-    pub(super) fn by_sse2(region: &HostRegion, page: u64) -> bool {
+    pub(super) fn candidates() -> Vec<(&'static str, Test)> {
+        let mut tests: Vec<(&'static str, Test)> = vec![("sse2", by_sse2)];
+        if is_x86_feature_detected!("avx2") {
+            tests.push(("avx2", by_avx2));
+        }
+        tests
+    }
+
+    fn by_sse2(region: &HostRegion, page: u64) -> bool {
         let start = region.span(page * PAGE, PAGE).unwrap().address() as *const __m128i;
         // SAFETY: SSE2 is part of x86-64; the page is mapped, aligned and unchanging.
         (0..64).all(|line| unsafe {
@@ -43,7 +58,7 @@ mod simd {
         })
     }
 
-    pub(super) fn by_avx2(region: &HostRegion, page: u64) -> bool {
+    fn by_avx2(region: &HostRegion, page: u64) -> bool {
         // SAFETY: only run where the CPU has AVX2.
         unsafe { avx2(region.span(page * PAGE, PAGE).unwrap().address() as *const __m256i) }
     }
@@ -67,15 +82,8 @@ mod simd {
 }
 
 fn candidates() -> Vec<(&'static str, Test)> {
-    let mut tests: Vec<(&'static str, Test)> = vec![("is_zero", by_is_zero), ("scalar", by_scalar)];
-    #[cfg(target_arch = "x86_64")]
-    {
-        tests.push(("sse2", simd::by_sse2));
-        if is_x86_feature_detected!("avx2") {
-            tests.push(("avx2", simd::by_avx2));
-        }
-    }
-    tests
+    let plain: [(&'static str, Test); 2] = [("is_zero", by_is_zero), ("scalar", by_scalar)];
+    plain.into_iter().chain(simd::candidates()).collect()
 }
 
 fn main() {

@@ -334,7 +334,7 @@ impl<'a> HostSpan<'a> {
             }
             return len;
         }
-        self.copy_from(bytes)
+        self.copy_from(&bytes[..len])
     }
 
     /// Stores zeros. Never punches a hole: the NIC may hold the physical pages.
