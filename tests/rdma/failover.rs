@@ -60,7 +60,7 @@ fn lost_once(lost: &Value) {
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_guest_that_writes_goes_on_over_tcp_when_the_device_is_removed() {
-    for sent in [300, 900, 1800] {
+    for sent in [300, 900] {
         let (dir, before) = (scratch(), packets());
         let limits = ["--max-bandwidth", "4M", "--timeout", "60", "--timeout-action", "finish"];
         let guest = ["--working-set", "2M", "--dirty-rate", "1M", "--ram", "16M", "--json"];
@@ -71,17 +71,19 @@ fn in_rxe_guest_a_guest_that_writes_goes_on_over_tcp_when_the_device_is_removed(
         // The kernel may wait until nobody uses the device.
         let mut removal = Command::new("rdma").args(["link", "delete", "rxe0"]).spawn().unwrap();
         let report = demo.finished(Deadline::seconds(100), 0);
-        assert!(removal.wait().unwrap().success());
         assert_eq!((&report["verified"], &report["pages_wrong"]), (&json!(true), &json!(0)), "{report}");
         assert_eq!((&report["transport"], &report["digest_compared"]), (&json!("rdma"), &json!(true)));
         lost_once(&report["lost"]);
+        let removed = || removal.try_wait().unwrap();
+        let status = Deadline::seconds(60).poll("rdma link delete: end", String::new, removed);
+        assert!(status.success(), "{status}");
     }
 }
 
 /// Nothing tells either end: the writes are not acknowledged any more.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
-fn in_rxe_guest_a_guest_goes_on_over_tcp_when_the_link_is_down() {
+fn in_rxe_guest_a_guest_whose_link_is_down_goes_on_over_tcp() {
     let (dir, before) = (scratch(), packets());
     let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
     fill(&ram, RAM_MIB, Pattern::Mixed { seed: 62 });
