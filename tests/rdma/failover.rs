@@ -23,16 +23,19 @@ struct Restored;
 
 impl Drop for Restored {
     fn drop(&mut self) {
+        // A link that was down leaves the device without its addresses: it is made anew.
+        run(&["rdma", "link", "delete", "rxe0"]);
         run(&["ip", "link", "set", "dummy0", "up"]);
-        if !run(&["rdma", "link", "show", "rxe0/1"]) {
-            run(&["rdma", "link", "add", "rxe0", "type", "rxe", "netdev", "dummy0"]);
-        }
-        // As for the device of a fresh guest.
-        Deadline::seconds(20).poll("an active device", String::new, || {
-            let shown = Command::new("rdma").args(["link", "show", "rxe0/1"]).output().ok()?;
-            String::from_utf8_lossy(&shown.stdout).contains("state ACTIVE").then_some(())
-        });
+        run(&["rdma", "link", "add", "rxe0", "type", "rxe", "netdev", "dummy0"]);
+        Deadline::seconds(20).poll("the device's address", String::new, || has_address().then_some(()));
     }
+}
+
+/// The device has the GID of [`RXE_ADDRESS`]; before that nobody connects to it.
+fn has_address() -> bool {
+    let gids = std::fs::read_dir("/sys/class/infiniband/rxe0/ports/1/gids").into_iter().flatten().flatten();
+    let mut gids = gids.filter_map(|gid| std::fs::read_to_string(gid.path()).ok());
+    gids.any(|gid| gid.trim().ends_with("ffff:0a09:0001"))
 }
 
 /// Packets that the device has sent: one for each page, and their acknowledgements, as both ends use it.
