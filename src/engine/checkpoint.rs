@@ -10,12 +10,19 @@
 //! dead, and a source that learns of that does not let its guest run any more: it is told before the guest starts, whatever
 //! was arriving. The embedder's first command counts. Memory that a checkpoint was applied to in part starts no guest.
 //!
+//! With a lease ([`lease`]) nobody needs to say that the source is dead: from the first checkpoint that the standby can have
+//! on, the source's guest runs, and what it has sent is let out, only while a lease holds, and the standby starts it only
+//! when the lease must have run out. A source that does not know whether its standby starts the guest leaves it paused.
+//! Only a standby's word that it starts none, or the answer to the end of the protection, lets it run on without.
+//!
 //! The source's guest is paused for a limited time: a standby that takes too long ends the protection. In the end the
 //! dirty logs are off, and whoever ended it has a reason.
 
+mod lease;
 mod source;
 mod standby;
 
+pub use lease::LeaseConfig;
 pub use source::{
     CheckpointAction, CheckpointCause, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome,
 };
@@ -66,4 +73,30 @@ pub(crate) enum CheckpointBreakage {
     StartTorn,
     /// The guest starts without the device state, which could not be loaded.
     StartUnloaded,
+    /// A lease counts from when it was granted.
+    LeaseFromReceipt,
+    /// The guest is not paused when the lease runs out.
+    RunPastLease,
+    /// The guest runs on after a checkpoint although the lease has run out.
+    ResumePastLease,
+    /// What the guest has sent is let out after the lease has run out.
+    OutputPastLease,
+    /// A source that has a lease lets its guest run when the connection is lost.
+    LostRunsOn,
+    /// The guest runs without a lease as soon as the standby was sent the end.
+    FreeUnanswered,
+    /// A guest stays paused although its standby has said that it starts none.
+    StayFenced,
+    /// The standby waits for half of the lease.
+    WaitLess,
+    /// The standby waits as long as the lease by its own clock, which may be faster.
+    WaitWithoutMargin,
+    /// The standby grants further leases, and counts from the first.
+    GrantUncounted,
+    /// The standby says that it starts no guest, and starts one.
+    StartDiscarded,
+    /// The vCPUs of a stopped process enter the guest without a look at the lease.
+    VcpusUnchecked,
+    /// A stopped process lets out without a look at the lease.
+    OutputUnchecked,
 }

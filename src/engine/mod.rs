@@ -33,7 +33,7 @@ pub(crate) use background::{FIRST_ROOM, is_mark};
 pub(crate) use checkpoint::CheckpointBreakage;
 pub use checkpoint::{
     CheckpointAction, CheckpointCause, CheckpointConfig, CheckpointEngine, CheckpointEvent,
-    CheckpointOutcome, StandbyAction, StandbyDoubt, StandbyEnding, StandbyEngine, StandbyEvent,
+    CheckpointOutcome, LeaseConfig, StandbyAction, StandbyDoubt, StandbyEnding, StandbyEngine, StandbyEvent,
 };
 pub use destination::{DestinationAction, DestinationEngine, DestinationEvent, Ending};
 #[cfg(test)]

@@ -28,7 +28,7 @@ mod workers;
 
 use breakage::Breakage;
 pub use checkpoint::{
-    CheckpointHandle, CheckpointObserver, CheckpointReport, CheckpointSession, CheckpointSettings,
+    CheckpointHandle, CheckpointObserver, CheckpointReport, CheckpointSession, CheckpointSettings, Lease,
     StandbyHandle, StandbyReport, StandbySession, StandbySettings,
 };
 pub use config::{DestinationSettings, PostcopySettings, SourceSettings, Verify};
@@ -61,8 +61,8 @@ pub use workers::{Job, SpawnFn, Spawner};
 use source::{News, Upstream};
 
 pub use crate::engine::{
-    ChannelMismatch, CheckpointOutcome, Ending, Handover, LostPages, OnTimeout, Outcome, PostcopyRule,
-    Reason, RelayEnding, SnapshotOutcome, StandbyEnding, ThrottlePolicy,
+    ChannelMismatch, CheckpointOutcome, Ending, Handover, LeaseConfig, LostPages, OnTimeout, Outcome,
+    PostcopyRule, Reason, RelayEnding, SnapshotOutcome, StandbyEnding, ThrottlePolicy,
 };
 pub use crate::page::ZeroDetection;
 pub use crate::stream::qemu::file::Configuration;

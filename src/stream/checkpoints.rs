@@ -10,9 +10,12 @@
 //! ZEROS    block, first page, pages
 //! STATE    bytes; the device state
 //! CLOSE    number, pages                           CONFIRM  number
+//! with a lease, at any time from READY on:
+//! RENEW    number, nanoseconds                    GRANT    number
 //! in the end:
 //! RELEASE                                         RELEASED
 //!                                                 TAKEN    number: the guest starts at the standby
+//!                                                 DISCARDED: no guest starts at the standby
 //! ```
 //!
 //! Each message begins with a head of [`HEAD_LEN`] bytes, all fields big-endian: `"RWCK"`, be32 kind, be32 block, be32 0,
@@ -26,7 +29,7 @@ use crate::units::BlockIndex;
 /// Bytes of each message's head.
 pub const HEAD_LEN: usize = 32;
 /// The version in use.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 /// Longest name of a block.
 pub const MAX_NAME: u64 = 255;
 /// Maximum number of pages in one message of PAGES.
@@ -82,6 +85,13 @@ pub enum CheckpointMessage {
     },
     /// The protection ends.
     Release,
+    /// The source asks for a lease.
+    Renew {
+        /// Its number.
+        number: u64,
+        /// How long the source runs its guest with it, from when it asked: nanoseconds.
+        nanos: u64,
+    },
 }
 
 /// A message of the standby.
@@ -95,6 +105,10 @@ pub enum StandbyMessage {
     Taken(u64),
     /// The end of the protection is known.
     Released,
+    /// The source has this lease.
+    Grant(u64),
+    /// No guest starts here.
+    Discarded,
 }
 
 /// Messages that make no sense.
@@ -159,6 +173,7 @@ impl CheckpointMessage {
             Self::State(len) => head(6, 0, len, 0),
             Self::Close { number, pages } => head(7, 0, number, pages),
             Self::Release => head(8, 0, 0, 0),
+            Self::Renew { number, nanos } => head(9, 0, number, nanos),
         }
     }
 
@@ -179,6 +194,7 @@ impl CheckpointMessage {
             6 => Self::State(first),
             7 => Self::Close { number: first, pages: second },
             8 => Self::Release,
+            9 => Self::Renew { number: first, nanos: second },
             other => return Err(CheckpointWordsError::Kind(other)),
         })
     }
@@ -192,6 +208,8 @@ impl StandbyMessage {
             Self::Confirm(number) => head(102, 0, number, 0),
             Self::Taken(number) => head(103, 0, number, 0),
             Self::Released => head(104, 0, 0, 0),
+            Self::Grant(number) => head(105, 0, number, 0),
+            Self::Discarded => head(106, 0, 0, 0),
         }
     }
 
@@ -205,6 +223,8 @@ impl StandbyMessage {
             102 => Self::Confirm(first),
             103 => Self::Taken(first),
             104 => Self::Released,
+            105 => Self::Grant(first),
+            106 => Self::Discarded,
             other => return Err(CheckpointWordsError::Kind(other)),
         })
     }
@@ -227,6 +247,7 @@ mod tests {
             CheckpointMessage::State(12),
             CheckpointMessage::Close { number: 1, pages: 9 },
             CheckpointMessage::Release,
+            CheckpointMessage::Renew { number: 4, nanos: 1 << 40 },
         ];
         for message in ours {
             let bytes = message.encode();
@@ -243,6 +264,8 @@ mod tests {
             StandbyMessage::Confirm(9),
             StandbyMessage::Taken(8),
             StandbyMessage::Released,
+            StandbyMessage::Grant(4),
+            StandbyMessage::Discarded,
         ];
         for message in theirs {
             assert_eq!(StandbyMessage::decode(&message.encode()), Ok(message));
@@ -259,7 +282,7 @@ mod tests {
         assert!(matches!(refused(name.encode()), CheckpointWordsError::Field { .. }));
         let many = CheckpointMessage::Hello { page: 4096, blocks: MAX_BLOCKS as u64 + 1 };
         assert!(matches!(refused(many.encode()), CheckpointWordsError::Field { .. }));
-        assert_eq!(refused(head(1, 4096, 2, 1)), CheckpointWordsError::Version(2));
+        assert_eq!(refused(head(1, 4096, VERSION + 1, 1)), CheckpointWordsError::Version(VERSION + 1));
         assert_eq!(refused(head(0, 0, 0, 0)), CheckpointWordsError::Kind(0));
     }
 }

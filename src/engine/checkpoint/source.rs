@@ -1,104 +1,18 @@
 //! The source: when the next checkpoint is taken, and when the guest runs.
 
+mod events;
+mod leased;
+
 use std::time::Duration;
 
 #[cfg(test)]
 use super::CheckpointBreakage;
+use super::lease::SourceLease;
 
-/// When checkpoints are taken.
-#[derive(Clone, Copy, Debug)]
-pub struct CheckpointConfig {
-    /// From the end of one pause to the beginning of the next. `None`: only when the embedder demands it.
-    pub interval: Option<Duration>,
-    /// Of the first checkpoint, which holds all memory: most rounds while the guest runs.
-    pub live_rounds: u32,
-    /// Of the first checkpoint: few enough dirty pages to pause the guest for.
-    pub live_pages: u64,
-    /// Longest time in which the guest is paused for a checkpoint, and longest wait for the standby to confirm one that was
-    /// sent.
-    pub confirm_timeout: Duration,
-}
-
-/// What has happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CheckpointEvent {
-    /// It begins.
-    Begin,
-    /// The action was performed.
-    Done,
-    /// [`CheckpointAction::Sync`] was performed, and so many pages are dirty.
-    Synced {
-        /// Dirty pages of all blocks.
-        dirty_pages: u64,
-    },
-    /// The action could not be performed.
-    Failed,
-    /// The connection is lost.
-    Lost,
-    /// The standby has all of this checkpoint.
-    Confirmed(u64),
-    /// The standby starts the guest from its last checkpoint.
-    Taken,
-    /// The embedder wants a checkpoint now.
-    Demand,
-    /// The embedder ends the protection.
-    Stop,
-    /// It is the time of [`CheckpointEngine::wake_at`], or later.
-    Time,
-}
-
-/// What is to be done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CheckpointAction {
-    /// Start the dirty logs; all pages are dirty.
-    StartLogs,
-    /// Tell the standby what guest this is, and wait until it has memory for it.
-    Greet,
-    /// Begin checkpoint number n.
-    Open(u64),
-    /// Read the dirty logs.
-    Sync,
-    /// Send all dirty pages.
-    Send,
-    /// Pause the guest.
-    Pause,
-    /// Save and send the device state. What the guest sent to the network until here belongs to this checkpoint.
-    SaveState(u64),
-    /// Say that this is all of checkpoint n.
-    Close(u64),
-    /// Let the guest run.
-    Resume,
-    /// Tell the embedder that checkpoint n is safe.
-    ReportSafe(u64),
-    /// Tell the standby that the protection ends, and wait for its answer.
-    Release,
-    /// Stop the dirty logs.
-    StopLogs,
-    /// It is over.
-    Finish(CheckpointOutcome),
-}
-
-/// How protection ended at the source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CheckpointOutcome {
-    /// The embedder has ended it, and the standby knows. The guest runs.
-    Stopped,
-    /// Something failed, or the connection was lost. The guest runs, and nothing protects it.
-    Unprotected,
-    /// The guest was started at the standby. It is paused here, and must not run again.
-    Taken,
-}
-
-/// Why protection ended, where no action has failed and no connection was lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CheckpointCause {
-    /// The guest was paused for longer than it may be: the standby took too long to take checkpoint n.
-    PausedTooLong(u64),
-    /// The standby has not confirmed checkpoint n in time.
-    Unconfirmed(u64),
-    /// The standby has confirmed checkpoint n, which it can't have.
-    NeverSent(u64),
-}
+pub use self::events::{
+    CheckpointAction, CheckpointCause, CheckpointConfig, CheckpointEvent, CheckpointOutcome,
+};
+use self::leased::{Step, earlier};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -119,6 +33,8 @@ enum Phase {
     Awaiting,
     /// The guest runs until the next checkpoint.
     Resting,
+    /// The standby knows of the end, and has not answered.
+    Releasing,
     Ended,
 }
 
@@ -143,6 +59,7 @@ pub struct CheckpointEngine {
     /// When the guest has been paused for too long; from the end of a checkpoint on, when the wait for the standby's
     /// answer is over.
     overdue: Option<Duration>,
+    lease: Option<SourceLease>,
     now: Duration,
     #[cfg(test)]
     breakage: CheckpointBreakage,
@@ -152,6 +69,7 @@ impl CheckpointEngine {
     /// A protection that has not begun.
     pub fn new(config: CheckpointConfig) -> Self {
         Self {
+            lease: config.lease.map(SourceLease::new),
             config,
             phase: Phase::Idle,
             doing: None,
@@ -189,21 +107,25 @@ impl CheckpointEngine {
 
     /// When to call again with [`CheckpointEvent::Time`], if nothing else happens.
     pub fn wake_at(&self) -> Option<Duration> {
-        match self.phase {
-            Phase::Resting if self.ending.is_none() => self.due,
-            _ => self.give_up_at(),
-        }
+        let due = match self.phase {
+            Phase::Resting if self.ending.is_none() && !self.is_fenced() => self.due,
+            _ => None,
+        };
+        earlier(earlier(due, self.give_up_at()), self.lease_wake())
     }
 
-    /// When to give up an action that waits for the standby: the guest is paused for it.
+    /// When to give up an action that waits for the standby: the guest is paused for it, or runs without a lease from
+    /// then on.
     pub fn give_up_at(&self) -> Option<Duration> {
-        self.waited().and(self.overdue)
+        earlier(self.waited().and(self.overdue), self.fence_at())
     }
 
     /// What is waited for with a limit.
     fn waited(&self) -> Option<CheckpointCause> {
         let waits = match self.phase {
             _ if self.ending.is_some() => None,
+            Phase::Releasing => Some(CheckpointCause::Unreleased),
+            _ if self.lacks_lease().is_some() => self.lacks_lease(),
             Phase::LastSync | Phase::LastSend | Phase::Saving | Phase::Closing => {
                 Some(CheckpointCause::PausedTooLong(self.number))
             }
@@ -227,9 +149,13 @@ impl CheckpointEngine {
             CheckpointEvent::Begin | CheckpointEvent::Time => {}
             CheckpointEvent::Done => self.answered(true, 0),
             CheckpointEvent::Synced { dirty_pages } => self.answered(true, dirty_pages),
+            CheckpointEvent::TooLate => self.doing = None,
             CheckpointEvent::Failed => {
                 // An action that was given up in time failed for that reason.
                 self.look_at_time();
+                if self.fence_at().is_some_and(|at| self.now >= at) {
+                    self.end_for(CheckpointCause::NoLease);
+                }
                 self.end(CheckpointOutcome::Unprotected);
                 self.answered(false, 0);
             }
@@ -239,11 +165,14 @@ impl CheckpointEngine {
                 self.end_for(CheckpointCause::NeverSent(number));
             }
             CheckpointEvent::Confirmed(number) => self.confirmed = self.confirmed.max(number),
+            CheckpointEvent::Granted(number) => self.granted(number),
             // Whatever else has happened: the guest runs there.
             CheckpointEvent::Taken if self.phase != Phase::Ended => {
                 self.ending = Some(CheckpointOutcome::Taken);
             }
             CheckpointEvent::Taken => {}
+            CheckpointEvent::Discarded => self.discarded(),
+            CheckpointEvent::Released => self.released(),
             CheckpointEvent::Demand => self.demanded = true,
             CheckpointEvent::Stop => self.stopping = true,
         }
@@ -271,8 +200,17 @@ impl CheckpointEngine {
             // From here on, whether it succeeds or not.
             CheckpointAction::Pause => {
                 self.paused = true;
-                self.overdue = Some(self.now.saturating_add(self.config.confirm_timeout));
+                self.wait_from_now();
             }
+            CheckpointAction::Fence => {
+                self.paused = true;
+                self.set_fenced(true);
+                if self.phase != Phase::Releasing {
+                    self.wait_from_now();
+                }
+            }
+            // The standby may have all of it before that is answered.
+            CheckpointAction::Close(_) => self.bind(),
             CheckpointAction::StartLogs => self.has_logs = true,
             CheckpointAction::Open(number) => self.number = number,
             // This action gets no answer.
@@ -284,6 +222,16 @@ impl CheckpointEngine {
         }
         self.doing = Some(action);
         Some(action)
+    }
+
+    fn wait_from_now(&mut self) {
+        self.overdue = Some(self.now.saturating_add(self.config.confirm_timeout));
+    }
+
+    fn bind(&mut self) {
+        if let Some(lease) = &mut self.lease {
+            lease.bind();
+        }
     }
 
     /// True for a checkpoint that the standby can't have all of.
@@ -307,6 +255,13 @@ impl CheckpointEngine {
 
     /// The first reason counts.
     fn end(&mut self, outcome: CheckpointOutcome) {
+        let may_start_there = self.is_bound();
+        #[cfg(test)]
+        let may_start_there = may_start_there && self.breakage != CheckpointBreakage::LostRunsOn;
+        let outcome = match outcome {
+            CheckpointOutcome::Unprotected if may_start_there => CheckpointOutcome::Fenced,
+            _ => outcome,
+        };
         if self.phase != Phase::Ended {
             self.ending.get_or_insert(outcome);
         }
@@ -320,17 +275,17 @@ impl CheckpointEngine {
     }
 
     fn undo(&mut self, outcome: CheckpointOutcome) -> CheckpointAction {
-        let is_taken = outcome == CheckpointOutcome::Taken;
+        let stays = matches!(outcome, CheckpointOutcome::Taken | CheckpointOutcome::Fenced);
         #[cfg(test)]
-        let is_taken = is_taken && self.breakage != CheckpointBreakage::ResumeTaken;
-        let resumes = self.paused && !is_taken;
+        let stays = stays && self.breakage != CheckpointBreakage::ResumeTaken;
+        let resumes = self.paused && !stays;
         #[cfg(test)]
         let resumes = resumes && self.breakage != CheckpointBreakage::StayPaused;
         let has_logs = self.has_logs;
         #[cfg(test)]
         let has_logs = has_logs && self.breakage != CheckpointBreakage::LeaveLogsOn;
         match () {
-            () if is_taken && !self.paused => CheckpointAction::Pause,
+            () if stays && !self.paused => CheckpointAction::Fence,
             () if resumes => CheckpointAction::Resume,
             () if has_logs => CheckpointAction::StopLogs,
             () => CheckpointAction::Finish(outcome),
@@ -338,6 +293,11 @@ impl CheckpointEngine {
     }
 
     fn next(&mut self) -> Option<CheckpointAction> {
+        match self.by_lease() {
+            Step::Go => {}
+            Step::Wait => return None,
+            Step::First(action) => return Some(action),
+        }
         Some(match self.phase {
             Phase::Idle | Phase::Ended => return None,
             Phase::Starting => CheckpointAction::StartLogs,
@@ -356,7 +316,7 @@ impl CheckpointEngine {
                 (self.demanded, self.phase) = (false, Phase::Opening);
                 CheckpointAction::Open(self.number + 1)
             }
-            Phase::Resting => return None,
+            Phase::Resting | Phase::Releasing => return None,
         })
     }
 
@@ -380,6 +340,12 @@ impl CheckpointEngine {
             CheckpointAction::Resume => {
                 self.paused = false;
                 self.due = self.config.interval.map(|interval| self.now.saturating_add(interval));
+                self.wait_from_now();
+            }
+            CheckpointAction::Unfence => {
+                self.paused = false;
+                self.set_fenced(false);
+                self.wait_from_now();
             }
             _ => {}
         }
@@ -395,14 +361,15 @@ impl CheckpointEngine {
             CheckpointAction::Send if self.phase == Phase::LiveSend => Phase::LiveSync,
             CheckpointAction::ReportSafe(_) => Phase::Resting,
             CheckpointAction::Release => {
-                self.end(CheckpointOutcome::Stopped);
-                self.phase
+                self.wait_from_now();
+                #[cfg(test)]
+                if self.breakage == CheckpointBreakage::FreeUnanswered {
+                    self.free();
+                    self.end(CheckpointOutcome::Stopped);
+                }
+                Phase::Releasing
             }
-            CheckpointAction::Finish(_) => self.phase,
-            CheckpointAction::Close(_) => {
-                self.overdue = Some(self.now.saturating_add(self.config.confirm_timeout));
-                self.step_behind(self.phase)
-            }
+            CheckpointAction::Fence | CheckpointAction::Unfence | CheckpointAction::Finish(_) => self.phase,
             _ => self.step_behind(self.phase),
         };
     }

@@ -1,7 +1,10 @@
 //! The standby: which checkpoint is whole, and when the guest starts here.
 
+use std::time::Duration;
+
 #[cfg(test)]
 use super::CheckpointBreakage;
+use super::lease::StandbyLease;
 
 /// What has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +19,13 @@ pub enum StandbyEvent {
     Whole(u64),
     /// The same: the source has ended the protection.
     Released,
+    /// The same: the source asks for a lease.
+    Asked {
+        /// Its number.
+        number: u64,
+        /// How long the source runs its guest with it, from when it asked.
+        time: Duration,
+    },
     /// The action could not be performed, or what came makes no sense.
     Failed,
     /// The connection is lost.
@@ -24,6 +34,8 @@ pub enum StandbyEvent {
     Activate,
     /// The embedder wants no guest here any more.
     Discard,
+    /// It is the time of [`StandbyEngine::wake_at`], or later, and nothing has come until then.
+    Time,
 }
 
 /// What is to be done.
@@ -37,6 +49,8 @@ pub enum StandbyAction {
     Apply(u64),
     /// Tell the source that checkpoint n is here.
     Confirm(u64),
+    /// Grant the source the lease with this number.
+    Grant(u64),
     /// Tell the source that its guest starts here, from the last checkpoint that was applied, and close the connection.
     TellTaken,
     /// Load the device state of the last checkpoint.
@@ -45,6 +59,8 @@ pub enum StandbyAction {
     Start,
     /// Answer the end of the protection.
     AnswerRelease,
+    /// Tell the source that no guest starts here: it may run its own without a lease.
+    TellDiscarded,
     /// It is over.
     Finish(StandbyEnding),
 }
@@ -72,6 +88,7 @@ enum Phase {
     Receiving,
     Applying,
     Confirming,
+    Granting(u64),
     /// The connection is lost: the embedder decides.
     Orphaned,
     Taking,
@@ -121,13 +138,17 @@ pub struct StandbyEngine {
     is_lost: bool,
     doubt: Option<StandbyDoubt>,
     command: Option<Command>,
+    /// The source has been told that no guest starts here.
+    has_told: bool,
+    lease: StandbyLease,
     ending: Option<StandbyEnding>,
     #[cfg(test)]
     breakage: CheckpointBreakage,
 }
 
-impl Default for StandbyEngine {
-    fn default() -> Self {
+impl StandbyEngine {
+    /// A standby before it begins. With `starts_by_lease` nobody needs to say that the source is dead.
+    pub fn new(starts_by_lease: bool) -> Self {
         Self {
             phase: Phase::Idle,
             doing: None,
@@ -136,16 +157,17 @@ impl Default for StandbyEngine {
             is_lost: false,
             doubt: None,
             command: None,
+            has_told: false,
+            lease: StandbyLease::new(starts_by_lease),
             ending: None,
             #[cfg(test)]
             breakage: CheckpointBreakage::None,
         }
     }
-}
 
-impl StandbyEngine {
     #[cfg(test)]
     pub(crate) fn break_order(&mut self, breakage: CheckpointBreakage) {
+        self.lease.break_order(breakage);
         self.breakage = breakage;
     }
 
@@ -158,6 +180,11 @@ impl StandbyEngine {
     /// The last checkpoint that was applied, from which the guest can start; 0 before the first.
     pub fn applied(&self) -> u64 {
         self.applied
+    }
+
+    /// True if the guest starts here because the source's lease has run out.
+    pub fn starts_by_lease(&self) -> bool {
+        self.lease.has_run_out()
     }
 
     /// True while a checkpoint arrives.
@@ -181,8 +208,15 @@ impl StandbyEngine {
         self.phase == Phase::Receiving
     }
 
+    /// When to call again with [`StandbyEvent::Time`], if nothing comes: the lease of a source that is silent has run out
+    /// then, and its guest is to start here.
+    pub fn wake_at(&self) -> Option<Duration> {
+        let waits = matches!(self.phase, Phase::Receiving | Phase::Orphaned);
+        self.lease.starts_at().filter(|_| waits && self.command.is_none() && self.applied > 0)
+    }
+
     /// Takes an event, at any time.
-    pub fn handle(&mut self, event: StandbyEvent) {
+    pub fn handle(&mut self, now: Duration, event: StandbyEvent) {
         match event {
             StandbyEvent::Begin if self.phase == Phase::Idle => self.phase = Phase::Greeting,
             StandbyEvent::Begin => {}
@@ -195,9 +229,21 @@ impl StandbyEngine {
                     self.phase = Phase::Releasing;
                 }
             }
+            StandbyEvent::Asked { number, time } => {
+                if self.took(StandbyAction::Receive) {
+                    self.lease.renew(now, time);
+                    self.phase = Phase::Granting(number);
+                }
+            }
             StandbyEvent::Lost => self.lost(),
             StandbyEvent::Activate => self.commanded(Command::Activate),
             StandbyEvent::Discard => self.commanded(Command::Discard),
+            StandbyEvent::Time => {
+                if self.wake_at().is_some_and(|at| now >= at) {
+                    self.lease.run_out();
+                    self.commanded(Command::Activate);
+                }
+            }
         }
     }
 
@@ -221,8 +267,10 @@ impl StandbyEngine {
     }
 
     fn next(&mut self) -> Option<StandbyAction> {
-        let is_open =
-            matches!(self.phase, Phase::Idle | Phase::Greeting | Phase::Receiving | Phase::Orphaned);
+        let is_open = matches!(
+            self.phase,
+            Phase::Idle | Phase::Greeting | Phase::Receiving | Phase::Granting(_) | Phase::Orphaned
+        );
         #[cfg(test)]
         let is_open = is_open
             || self.breakage == CheckpointBreakage::ActivateReleased && self.phase == Phase::Releasing;
@@ -232,13 +280,20 @@ impl StandbyEngine {
             None => {}
         }
         if let Some(ending) = self.ending {
-            return Some(StandbyAction::Finish(ending));
+            // A source that has no READY runs its guest anyway.
+            let is_ready = !matches!(self.phase, Phase::Idle | Phase::Greeting);
+            let tells = ending == StandbyEnding::Discarded && is_ready;
+            return Some(match tells && !self.is_lost && !self.has_told {
+                true => StandbyAction::TellDiscarded,
+                false => StandbyAction::Finish(ending),
+            });
         }
         Some(match self.phase {
             Phase::Idle | Phase::Orphaned | Phase::Ended => return None,
             Phase::Greeting => StandbyAction::Greet,
             Phase::Receiving => StandbyAction::Receive,
             Phase::Confirming => StandbyAction::Confirm(self.applied + u64::from(self.is_open)),
+            Phase::Granting(number) => StandbyAction::Grant(number),
             Phase::Applying => StandbyAction::Apply(self.applied + 1),
             Phase::Taking => StandbyAction::TellTaken,
             Phase::Loading if self.has_none() => StandbyAction::Finish(StandbyEnding::Nothing),
@@ -339,7 +394,7 @@ impl StandbyEngine {
         match action {
             StandbyAction::Greet if done => self.phase = Phase::Receiving,
             StandbyAction::Receive if !done => self.lost(),
-            StandbyAction::Confirm(_) => {
+            StandbyAction::Confirm(_) | StandbyAction::Grant(_) => {
                 self.is_lost |= !done;
                 self.phase = if self.is_lost { Phase::Orphaned } else { Phase::Receiving };
             }
@@ -360,8 +415,17 @@ impl StandbyEngine {
             StandbyAction::Load | StandbyAction::Start => {
                 self.ending = Some(StandbyEnding::Stranded(self.applied));
             }
+            StandbyAction::TellDiscarded => self.told_discarded(),
             StandbyAction::AnswerRelease => self.ending = Some(StandbyEnding::Released),
             StandbyAction::Receive | StandbyAction::Finish(_) => {}
+        }
+    }
+
+    fn told_discarded(&mut self) {
+        self.has_told = true;
+        #[cfg(test)]
+        if self.breakage == CheckpointBreakage::StartDiscarded && self.applied > 0 {
+            (self.ending, self.phase, self.command) = (None, Phase::Orphaned, None);
         }
     }
 

@@ -6,10 +6,11 @@
 //! pause, what is dirty, device state ->
 //! the guest runs on                        it is whole: applied to the guest's memory
 //! CheckpointObserver::safe           <-    CONFIRM
-//! after the interval: the next one         ... StandbyHandle::activate
+//! after the interval: the next one         ... StandbyHandle::activate, or the lease has run out
 //! ```
 
 mod inbox;
+mod lease;
 mod source;
 mod standby;
 #[cfg(test)]
@@ -21,8 +22,9 @@ use crate::error::Remedy;
 use crate::guest::GuestMemory;
 use crate::observe::LatencySummary;
 use crate::session::workers::Spawner;
-use crate::session::{CheckpointOutcome, Error, StandbyEnding};
+use crate::session::{CheckpointOutcome, Error, LeaseConfig, StandbyEnding};
 
+pub use lease::Lease;
 pub use source::{CheckpointHandle, CheckpointSession};
 pub use standby::{StandbyHandle, StandbySession};
 
@@ -40,6 +42,10 @@ pub struct CheckpointSettings {
     /// Longest wait for the standby to have memory, to take the bytes of a checkpoint and to confirm it; also how long the
     /// guest is paused for one at most; 30 s. Then the guest runs on, and nothing protects it any more.
     pub confirm_timeout: Duration,
+    /// The standby may start the guest by itself when nothing has come from here for long enough
+    /// ([`StandbySettings::starts_by_lease`]), and the guest runs here only while the standby is heard of; none. See
+    /// [`Lease`] for what the VMM's threads must do.
+    pub lease: Option<LeaseConfig>,
     /// How threads are started.
     pub spawner: Spawner,
 }
@@ -51,6 +57,7 @@ impl Default for CheckpointSettings {
             live_rounds: 10,
             live_bytes: 16 << 20,
             confirm_timeout: Duration::from_secs(30),
+            lease: None,
             spawner: Spawner::default(),
         }
     }
@@ -64,13 +71,16 @@ pub struct StandbySettings {
     pub max_state: u64,
     /// Most bytes of RAM; 64 TiB.
     pub max_ram: u64,
+    /// The guest starts here when the lease that the source was granted last has run out
+    /// ([`CheckpointSettings::lease`]): false.
+    pub starts_by_lease: bool,
     /// How threads are started.
     pub spawner: Spawner,
 }
 
 impl Default for StandbySettings {
     fn default() -> Self {
-        Self { max_state: 64 << 20, max_ram: 64 << 40, spawner: Spawner::default() }
+        Self { max_state: 64 << 20, max_ram: 64 << 40, starts_by_lease: false, spawner: Spawner::default() }
     }
 }
 
@@ -103,6 +113,8 @@ pub struct CheckpointReport {
     pub bytes: u64,
     /// How long the guest was paused for each checkpoint.
     pub pauses: LatencySummary,
+    /// How often the guest was paused because the lease had run out.
+    pub fences: u64,
     /// The guest was paused and could not be resumed.
     pub not_resumed: bool,
 }
@@ -117,6 +129,25 @@ pub struct StandbyReport {
     pub error: Option<Error>,
     /// The last checkpoint that was applied; 0: none.
     pub last: u64,
+    /// The guest was to start here because the source's lease had run out.
+    pub by_lease: bool,
+}
+
+/// Leases of which nothing is left when the guest begins to be paused.
+fn refuse_short(lease: Option<LeaseConfig>) -> Result<(), Error> {
+    match lease {
+        Some(LeaseConfig { time, stop }) if time.is_zero() || stop > time / 2 => Err(Error::Config {
+            what: format!(
+                "a lease of {:.3} s, of which {:.3} s are for pausing the guest",
+                time.as_secs_f64(),
+                stop.as_secs_f64()
+            ),
+            remedy: Remedy::Advice(
+                "give it twice the time that a pause may take (LeaseConfig::stop), or more",
+            ),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Memory that both ends do not see alike can't be kept at a standby.

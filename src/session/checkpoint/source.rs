@@ -10,7 +10,7 @@ use crossbeam::channel::{Receiver, bounded};
 
 use self::sending::{Answers, error_of, one_way, out_of_turn};
 use super::inbox::Inbox;
-use super::{CheckpointObserver, CheckpointReport, CheckpointSettings, refuse_ignored};
+use super::{CheckpointObserver, CheckpointReport, CheckpointSettings, Lease, refuse_ignored, refuse_short};
 use crate::engine::{
     CheckpointAction, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome,
 };
@@ -22,7 +22,7 @@ use crate::ram::{ClearShift, DirtyMap, PageBatch};
 use crate::session::callback::{guarded, named};
 use crate::session::{Error, SourceGuest};
 use crate::stream::checkpoints::{CheckpointMessage, StandbyMessage};
-use crate::sys::Stop;
+use crate::sys::{Stop, since_boot};
 use crate::transport::{ByteSink as _, StreamChannel};
 
 /// A guest that is to be protected by a standby ([`StandbySession`](crate::session::StandbySession)).
@@ -32,13 +32,14 @@ pub struct CheckpointSession {
     observer: Box<dyn CheckpointObserver>,
     settings: CheckpointSettings,
     inbox: Arc<Inbox<CheckpointEvent>>,
+    lease: Lease,
 }
 
 impl CheckpointSession {
     /// Protects `guest` over a connection in both directions. `observer` learns which checkpoints are safe.
     ///
     /// # Errors
-    /// [`Error::Config`] for a guest without dirty sources, or with memory that is left out.
+    /// [`Error::Config`] for a guest without dirty sources, with memory that is left out, or with a lease that is too short.
     pub fn new(
         guest: SourceGuest,
         channel: StreamChannel,
@@ -52,7 +53,15 @@ impl CheckpointSession {
             });
         }
         refuse_ignored(&*guest.memory)?;
-        Ok(Self { guest, channel, observer, settings, inbox: Arc::default() })
+        refuse_short(settings.lease)?;
+        let (inbox, lease) = (Arc::default(), Lease::default());
+        Ok(Self { guest, channel, observer, settings, inbox, lease })
+    }
+
+    /// Governs a lease that the VMM's threads know already: those that run the guest, and let out what it sends.
+    #[must_use]
+    pub fn with_lease(self, lease: Lease) -> Self {
+        Self { lease, ..self }
     }
 
     /// Protects the guest on a thread `ramwire-ckpt` of the settings' spawner.
@@ -127,6 +136,7 @@ struct Figures {
     /// Pages of the checkpoint that is sent.
     in_checkpoint: u64,
     pauses: Latency,
+    fences: u64,
     paused_at: Option<Instant>,
     not_resumed: bool,
 }
@@ -141,19 +151,22 @@ struct Running {
     engine: CheckpointEngine,
     pages: Pages,
     figures: Figures,
-    begun: Instant,
+    lease: Lease,
+    /// Since the machine's start.
+    begun: Duration,
     error: Option<Error>,
 }
 
 impl Running {
     fn new(session: CheckpointSession) -> Self {
-        let CheckpointSession { guest, channel, observer, settings, inbox } = session;
+        let CheckpointSession { guest, channel, observer, settings, inbox, lease } = session;
         let table = guest.memory.table();
         let config = CheckpointConfig {
             interval: settings.interval,
             live_rounds: settings.live_rounds,
             live_pages: settings.live_bytes / table.page().bytes(),
             confirm_timeout: settings.confirm_timeout,
+            lease: settings.lease,
         };
         let dirty = DirtyMap::new(table, ClearShift::default());
         let (sink, back) = channel.with_return_path();
@@ -167,7 +180,8 @@ impl Running {
             settings,
             inbox,
             figures: Figures::default(),
-            begun: Instant::now(),
+            lease,
+            begun: since_boot(),
             error: None,
         }
     }
@@ -178,7 +192,12 @@ impl Running {
             for command in self.inbox.take() {
                 self.tell(command);
             }
-            match self.engine.poll() {
+            if let Err(error) = self.renew() {
+                self.failed(error, CheckpointEvent::Failed);
+            }
+            let action = self.engine.poll();
+            self.publish();
+            match action {
                 Some(CheckpointAction::Finish(outcome)) => return self.report(outcome),
                 Some(action) => {
                     let done = guarded("a checkpoint is taken", || self.perform(action));
@@ -193,7 +212,17 @@ impl Running {
     }
 
     fn tell(&mut self, event: CheckpointEvent) {
-        self.engine.handle(self.begun.elapsed(), event);
+        self.engine.handle(self.now(), event);
+        self.publish();
+    }
+
+    /// On a clock that a suspended machine does not stop: a lease runs out meanwhile.
+    fn now(&self) -> Duration {
+        since_boot().saturating_sub(self.begun)
+    }
+
+    fn publish(&self) {
+        self.lease.set(self.engine.may_run_until().map(|until| self.begun.saturating_add(until)));
     }
 
     /// A standby that has taken the guest closes the connection: its last message says so.
@@ -216,8 +245,11 @@ impl Running {
         match message {
             StandbyMessage::Confirm(number) => self.tell(CheckpointEvent::Confirmed(number)),
             StandbyMessage::Taken(_) => self.tell(CheckpointEvent::Taken),
-            // Only where they are waited for.
-            StandbyMessage::Ready | StandbyMessage::Released => {
+            StandbyMessage::Grant(number) => self.tell(CheckpointEvent::Granted(number)),
+            StandbyMessage::Discarded => self.tell(CheckpointEvent::Discarded),
+            StandbyMessage::Released => self.tell(CheckpointEvent::Released),
+            // Only where it is waited for.
+            StandbyMessage::Ready => {
                 self.error.get_or_insert(out_of_turn());
                 self.tell(CheckpointEvent::Lost);
             }
@@ -228,7 +260,7 @@ impl Running {
     fn wait(&mut self) {
         let stop = Stop::on(&self.inbox.wake());
         let stop = match self.engine.wake_at() {
-            Some(at) => stop.within(at.saturating_sub(self.begun.elapsed())),
+            Some(at) => stop.within(at.saturating_sub(self.now())),
             None => stop,
         };
         self.listen(&stop);
@@ -266,21 +298,28 @@ impl Running {
                 return Ok(CheckpointEvent::Synced { dirty_pages: self.pages.dirty.count() });
             }
             CheckpointAction::Send => self.send_dirty()?,
+            // By the clock of now: this process may have been stopped since the engine decided.
+            CheckpointAction::Resume | CheckpointAction::Unfence | CheckpointAction::ReportSafe(_)
+                if !self.lease.holds() =>
+            {
+                return Ok(CheckpointEvent::TooLate);
+            }
             CheckpointAction::Pause => {
                 self.figures.paused_at = Some(Instant::now());
-                self.figures.not_resumed = true;
-                let paused = named("calling GuestControl::pause", || self.guest.control.pause());
-                paused.map_err(|source| Error::Control { what: "pause", source })?;
+                self.pause()?;
             }
+            CheckpointAction::Fence => {
+                self.figures.fences += 1;
+                self.pause()?;
+            }
+            CheckpointAction::Unfence => self.resume()?,
             CheckpointAction::SaveState(number) => self.save_state(number)?,
             CheckpointAction::Close(number) => {
                 let pages = self.figures.in_checkpoint;
                 self.send(&CheckpointMessage::Close { number, pages }.encode())?;
             }
             CheckpointAction::Resume => {
-                let resumed = named("calling GuestControl::resume", || self.guest.control.resume());
-                resumed.map_err(|source| Error::Control { what: "resume", source })?;
-                self.figures.not_resumed = false;
+                self.resume()?;
                 if let Some(paused_at) = self.figures.paused_at.take() {
                     self.figures.pauses.record(paused_at.elapsed());
                 }
@@ -289,7 +328,7 @@ impl Running {
                 self.figures.safe = number;
                 named("calling CheckpointObserver::safe", || self.observer.safe(number));
             }
-            CheckpointAction::Release => self.release()?,
+            CheckpointAction::Release => self.send(&CheckpointMessage::Release.encode())?,
             CheckpointAction::StopLogs => {
                 // Every source is stopped, even if an earlier one refuses.
                 let stop = |source: &Arc<dyn crate::guest::DirtySource>| -> Result<(), Error> {
@@ -303,17 +342,32 @@ impl Running {
         Ok(CheckpointEvent::Done)
     }
 
+    fn pause(&mut self) -> Result<(), Error> {
+        self.figures.not_resumed = true;
+        let paused = named("calling GuestControl::pause", || self.guest.control.pause());
+        paused.map_err(|source| Error::Control { what: "pause", source })
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        let resumed = named("calling GuestControl::resume", || self.guest.control.resume());
+        resumed.map_err(|source| Error::Control { what: "resume", source })?;
+        self.figures.not_resumed = false;
+        Ok(())
+    }
+
     fn report(self, outcome: CheckpointOutcome) -> CheckpointReport {
         let figures = self.figures;
         let cause = self.engine.cause();
+        let stays = matches!(outcome, CheckpointOutcome::Taken | CheckpointOutcome::Fenced);
         CheckpointReport {
             outcome,
             error: self.error.or_else(|| Some(error_of(cause?, self.settings.confirm_timeout))),
+            fences: figures.fences,
             safe: figures.safe,
             pages: figures.pages,
             bytes: self.sink.position(),
             pauses: figures.pauses.summary(),
-            not_resumed: figures.not_resumed && outcome != CheckpointOutcome::Taken,
+            not_resumed: figures.not_resumed && !stays,
         }
     }
 }

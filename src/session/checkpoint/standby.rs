@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
 
@@ -126,12 +126,14 @@ struct Running {
     engine: StandbyEngine,
     kept: Option<Kept>,
     arriving: Arriving,
+    begun: Instant,
     error: Option<Error>,
 }
 
 impl Running {
     fn new(session: StandbySession) -> Self {
         let StandbySession { guest, mut channel, settings, inbox } = session;
+        let starts_by_lease = settings.starts_by_lease;
         // A source may rest for as long as its embedder wants.
         channel.set_stall(None);
         Self {
@@ -139,15 +141,16 @@ impl Running {
             channel,
             settings,
             inbox,
-            engine: StandbyEngine::default(),
+            engine: StandbyEngine::new(starts_by_lease),
             kept: None,
             arriving: Arriving::default(),
+            begun: Instant::now(),
             error: None,
         }
     }
 
     fn run(mut self) -> StandbyReport {
-        self.engine.handle(StandbyEvent::Begin);
+        self.tell(StandbyEvent::Begin);
         loop {
             self.take_commands();
             if self.engine.gives_source_up() {
@@ -161,28 +164,45 @@ impl Running {
                     let event = done.and_then(|done| done).unwrap_or_else(|error| self.keep(error));
                     // A command that ended a wait counts before the wait's end.
                     self.take_commands();
-                    self.engine.handle(event);
+                    self.tell(event);
                     if let Some(doubt) = self.engine.doubt() {
                         self.error.get_or_insert_with(|| doubted(doubt));
                     }
                 }
-                // Only the embedder decides now.
-                None => drop(Stop::on(&self.inbox.wake()).sleep(Duration::MAX)),
+                // Only the embedder decides now, or the lease.
+                None => {
+                    let _ = self.stop().sleep(Duration::MAX);
+                    self.tell(StandbyEvent::Time);
+                }
             }
         }
     }
 
     fn take_commands(&mut self) {
         for command in self.inbox.take() {
-            self.engine.handle(command);
+            self.tell(command);
         }
     }
 
-    /// A wait for the source that a command has ended, in the middle of whatever came, is no loss of the source: the
-    /// command counts, and a source whose guest starts here is told.
+    fn tell(&mut self, event: StandbyEvent) {
+        self.engine.handle(self.begun.elapsed(), event);
+    }
+
+    /// Waits end when the embedder commands, or when the source's lease has run out and nothing has come.
+    fn stop(&self) -> Stop {
+        let stop = Stop::on(&self.inbox.wake());
+        match self.engine.wake_at() {
+            Some(at) => stop.within(at.saturating_sub(self.begun.elapsed())),
+            None => stop,
+        }
+    }
+
+    /// A wait for the source that a command or the lease has ended, in the middle of whatever came, is no loss of the source:
+    /// the command counts, and a source whose guest starts here is told.
     fn keep(&mut self, error: Error) -> StandbyEvent {
-        let is_commanded = matches!(error, Error::Channel(ChannelError::Stopped { .. }));
-        if is_commanded && self.engine.receives() {
+        let is_stopped = matches!(error, Error::Channel(ChannelError::Stopped { .. }));
+        if is_stopped && self.engine.receives() {
+            self.tell(StandbyEvent::Time);
             return StandbyEvent::Done;
         }
         tracing::warn!(error = %Chain(&error), "the standby's step failed");
@@ -196,6 +216,9 @@ impl Running {
             StandbyAction::Receive => return self.receive(),
             StandbyAction::Confirm(number) => {
                 self.send(StandbyMessage::Confirm(number), &Stop::never().within(ANSWER_TIMEOUT))?;
+            }
+            StandbyAction::Grant(number) => {
+                self.send(StandbyMessage::Grant(number), &Stop::never().within(ANSWER_TIMEOUT))?;
             }
             StandbyAction::Apply(_) => while !self.kept()?.cache.apply(APPLIED_AT_ONCE)? {},
             StandbyAction::TellTaken => {
@@ -220,6 +243,9 @@ impl Running {
             StandbyAction::AnswerRelease => {
                 self.send(StandbyMessage::Released, &Stop::never().within(TELL_TIMEOUT))?;
             }
+            StandbyAction::TellDiscarded => {
+                self.send(StandbyMessage::Discarded, &Stop::never().within(TELL_TIMEOUT))?;
+            }
             StandbyAction::Finish(_) => {}
         }
         Ok(StandbyEvent::Done)
@@ -235,7 +261,8 @@ impl Running {
 
     fn message(&mut self) -> Result<CheckpointMessage, Error> {
         let mut head = [0; HEAD_LEN];
-        fill(&mut self.channel, &mut head, &Stop::on(&self.inbox.wake()))?;
+        let stop = self.stop();
+        fill(&mut self.channel, &mut head, &stop)?;
         CheckpointMessage::decode(&head).map_err(|error| Error::PeerFailed { why: error.to_string() })
     }
 
@@ -267,7 +294,8 @@ impl Running {
             return Err(out_of_turn("a message before all blocks", "waiting for the source's blocks"));
         };
         let mut bytes = vec![0; name as usize];
-        fill(&mut self.channel, &mut bytes, &Stop::on(&self.inbox.wake()))?;
+        let stop = self.stop();
+        fill(&mut self.channel, &mut bytes, &stop)?;
         let text = String::from_utf8_lossy(&bytes).into_owned();
         let name = BlockName::new(&text).map_err(|error| Error::Guest(error.into()))?;
         Ok(RamBlock::new(name, len))
@@ -290,6 +318,9 @@ impl Running {
                 }
                 CheckpointMessage::State(len) if is_open => self.state(len)?,
                 CheckpointMessage::Close { number, pages } if is_open => return self.close(number, pages),
+                CheckpointMessage::Renew { number, nanos } => {
+                    return Ok(StandbyEvent::Asked { number, time: Duration::from_nanos(nanos) });
+                }
                 CheckpointMessage::Release if !is_open => return Ok(StandbyEvent::Released),
                 other => return Err(out_of_turn(&format!("{other:?}"), "keeping checkpoints")),
             }
@@ -303,7 +334,7 @@ impl Running {
 
     fn pages(&mut self, block: BlockIndex, first: u64, pages: u64) -> Result<(), Error> {
         let run = self.run_of(block, first, pages)?;
-        let stop = Stop::on(&self.inbox.wake());
+        let stop = self.stop();
         let kept = self.kept.as_mut().ok_or_else(no_memory)?;
         let landing = kept.cache.admit(run)?;
         let span = kept.cache.target(landing)?;
@@ -336,7 +367,8 @@ impl Running {
         while (state.len() as u64) < len {
             let have = state.len();
             state.resize(have + (len - have as u64).min(STATE_PIECE) as usize, 0);
-            fill(&mut self.channel, &mut state[have..], &Stop::on(&self.inbox.wake()))?;
+            let stop = self.stop();
+            fill(&mut self.channel, &mut state[have..], &stop)?;
         }
         self.kept()?.cache.set_state(state);
         self.arriving.has_state = true;
@@ -353,7 +385,12 @@ impl Running {
     }
 
     fn report(self, ending: StandbyEnding) -> StandbyReport {
-        StandbyReport { ending, error: self.error, last: self.engine.applied() }
+        StandbyReport {
+            ending,
+            error: self.error,
+            last: self.engine.applied(),
+            by_lease: self.engine.starts_by_lease(),
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! A guest with a standby, as threads run them, over a socket.
 #![allow(clippy::unwrap_used)]
 
+mod lease;
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, mpsc};
@@ -91,21 +93,32 @@ struct Protected {
 
 /// Checkpoints are taken when the test demands them.
 fn protected() -> Protected {
+    let (near, far) = UnixStream::pair().unwrap();
+    protected_over(near, far, None, &Lease::default())
+}
+
+/// The source at one connection and the standby at another, which may be the same.
+fn protected_over(
+    near: UnixStream,
+    far: UnixStream,
+    config: Option<LeaseConfig>,
+    lease: &Lease,
+) -> Protected {
     let vm = Vm::new();
     (0..PAGES).filter(|page| page % 3 > 0).for_each(|page| vm.write(page, page));
-    let (near, far) = UnixStream::pair().unwrap();
     let (there, machine) = (memory(PAGES), TestMachine::default());
     // What was there before is gone.
     there.region(BlockIndex(0)).unwrap().span(0, 100).unwrap().copy_from(&[9; 100]);
     let guest = DestinationGuest { memory: Box::new(there.clone()), control: Box::new(machine.clone()) };
-    let standby = StandbySession::new(guest, channel(far), StandbySettings::default()).spawn().unwrap();
+    let settings = StandbySettings { starts_by_lease: config.is_some(), ..StandbySettings::default() };
+    let standby = StandbySession::new(guest, channel(far), settings).spawn().unwrap();
     let (tell, told) = mpsc::channel();
     let kept = Arc::default();
     let watch = Watch { tell, memory: vm.memory.clone(), kept: Arc::clone(&kept) };
-    let settings = CheckpointSettings { interval: None, ..CheckpointSettings::default() };
+    let settings = CheckpointSettings { interval: None, lease: config, ..CheckpointSettings::default() };
     let again = near.try_clone().unwrap();
     let source = CheckpointSession::new(vm.guest(), channel(near), Box::new(watch), settings).unwrap();
-    let source = source.spawn().unwrap();
+    let source = source.with_lease(lease.clone()).spawn().unwrap();
     Protected { vm, source, standby, told, kept, there, machine, near: again }
 }
 

@@ -55,10 +55,13 @@ impl Running {
         put(&mut self.sink, &[SendPart::Own(bytes)], &limit, after)
     }
 
-    /// How long the standby may take nothing: while the guest is paused, until that has taken too long.
+    /// How long the standby may take nothing: while the guest is paused, until that has taken too long; while it runs with a
+    /// lease, until it is to be paused.
     fn limit(&self) -> (Stop, Duration) {
-        let after = self.settings.confirm_timeout;
-        let left = self.engine.give_up_at().map_or(after, |at| at.saturating_sub(self.begun.elapsed()));
+        let confirm = self.settings.confirm_timeout;
+        let lease = self.settings.lease.filter(|_| self.lease.left().is_some() && !self.figures.not_resumed);
+        let after = lease.map_or(confirm, |lease| confirm.min(lease.time));
+        let left = self.engine.give_up_at().map_or(after, |at| at.saturating_sub(self.now()));
         (Stop::never().within(left), after)
     }
 
@@ -76,9 +79,17 @@ impl Running {
         self.await_answer(StandbyMessage::Ready, "that it has memory")
     }
 
-    pub(super) fn release(&mut self) -> Result<(), Error> {
-        self.send(&CheckpointMessage::Release.encode())?;
-        self.await_answer(StandbyMessage::Released, "that it has forgotten the guest")
+    /// Asks for a lease, if it is time.
+    pub(super) fn renew(&mut self) -> Result<(), Error> {
+        // Read before it is sent: the lease counts from here.
+        let now = self.now();
+        match (self.engine.renewal(now), self.settings.lease) {
+            (Some(number), Some(lease)) => {
+                let nanos = u64::try_from(lease.time.as_nanos()).unwrap_or(u64::MAX);
+                self.send(&CheckpointMessage::Renew { number, nanos }.encode())
+            }
+            _ => Ok(()),
+        }
     }
 
     fn await_answer(&mut self, due: StandbyMessage, what: &'static str) -> Result<(), Error> {
@@ -106,6 +117,7 @@ impl Running {
             if self.engine.is_ending() {
                 return Ok(());
             }
+            self.renew()?;
             self.pages.batch.clear();
             while self.pages.batch.whole_pages() < BATCH {
                 let room = BATCH - self.pages.batch.whole_pages();
@@ -175,12 +187,25 @@ pub(super) fn error_of(cause: CheckpointCause, after: Duration) -> Error {
     match cause {
         CheckpointCause::PausedTooLong(_) => no_answer(TAKES_NOTHING, after),
         CheckpointCause::Unconfirmed(_) => no_answer("that it has a checkpoint", after),
-        CheckpointCause::NeverSent(number) => Error::OutOfTurn {
-            what: format!("the confirmation of checkpoint {number}, which was not sent"),
-            at: None,
-            while_doing: "checkpoints are taken",
-        },
+        CheckpointCause::NeverSent(number) => {
+            out_of_place(format!("the confirmation of checkpoint {number}, which was not sent"))
+        }
+        CheckpointCause::NoLease => no_answer("that the guest may run on", after),
+        CheckpointCause::NeverAsked(number) => {
+            out_of_place(format!("lease {number}, which was not asked for"))
+        }
+        CheckpointCause::Discarded => {
+            Error::PeerFailed { why: "it has given the guest up, and starts none".into() }
+        }
+        CheckpointCause::Unreleased => no_answer("that it has forgotten the guest", after),
+        CheckpointCause::NeverReleased => {
+            out_of_place("the answer to an end of the protection, which it was not told".into())
+        }
     }
+}
+
+fn out_of_place(what: String) -> Error {
+    Error::OutOfTurn { what, at: None, while_doing: "checkpoints are taken" }
 }
 
 fn no_answer(what: &'static str, after: Duration) -> Error {
@@ -189,11 +214,7 @@ fn no_answer(what: &'static str, after: Duration) -> Error {
 }
 
 pub(super) fn out_of_turn() -> Error {
-    Error::OutOfTurn {
-        what: "a message that was not due".into(),
-        at: None,
-        while_doing: "checkpoints are taken",
-    }
+    out_of_place("a message that was not due".into())
 }
 
 pub(super) fn one_way() -> Error {

@@ -18,9 +18,9 @@ use super::findings::{finds_each, survey};
 use crate::engine::CheckpointBreakage;
 
 /// Seeds of an ordinary test run.
-const SEEDS: u64 = 2000;
+const SEEDS: u64 = 3000;
 /// Seeds among which each order that is switched off must be found.
-const MUTANT_SEEDS: u64 = 1000;
+const MUTANT_SEEDS: u64 = 6000;
 
 fn run(seed: u64, breakage: CheckpointBreakage) -> World {
     let mut world = World::new(seed, breakage);
@@ -49,6 +49,13 @@ fn a_guest_starts_from_a_whole_checkpoint_and_runs_once() {
         "not confirmed in time",
         "memory could not be written to",
         "the device state could not be loaded",
+        "the lease has run out at the standby",
+        "the guest is paused for want of a lease",
+        "the guest runs on when the lease is renewed",
+        "the source learns that its standby has no guest",
+        "the source's process is stopped",
+        "the lease has run out before an action",
+        "fenced",
     ];
     survey(SEEDS, |seed| run(seed, CheckpointBreakage::None), |world| world.findings, describe, &all);
 }
@@ -75,6 +82,19 @@ fn each_order_of_a_checkpoint_is_needed() {
         (CheckpointBreakage::StartFromNothing, ["starts from no checkpoint"]),
         (CheckpointBreakage::StartTorn, ["memory is of no moment"]),
         (CheckpointBreakage::StartUnloaded, ["device state is of another moment"]),
+        (CheckpointBreakage::LeaseFromReceipt, ["both sides run"]),
+        (CheckpointBreakage::RunPastLease, ["both sides run"]),
+        (CheckpointBreakage::ResumePastLease, ["both sides run"]),
+        (CheckpointBreakage::OutputPastLease, ["let out beside"]),
+        (CheckpointBreakage::LostRunsOn, ["both sides run"]),
+        (CheckpointBreakage::FreeUnanswered, ["both sides run"]),
+        (CheckpointBreakage::StayFenced, ["its standby has given up"]),
+        (CheckpointBreakage::WaitLess, ["both sides run"]),
+        (CheckpointBreakage::WaitWithoutMargin, ["both sides run"]),
+        (CheckpointBreakage::GrantUncounted, ["both sides run"]),
+        (CheckpointBreakage::StartDiscarded, ["both sides run"]),
+        (CheckpointBreakage::VcpusUnchecked, ["both sides run"]),
+        (CheckpointBreakage::OutputUnchecked, ["let out beside"]),
     ];
     finds_each(MUTANT_SEEDS, orders, |seed, order| run(seed, order).findings.violations());
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::super::plan::Rng;
-use crate::engine::CheckpointConfig;
+use crate::engine::{CheckpointConfig, LeaseConfig};
 
 /// Steps after which nothing moves any more.
 pub(super) const STEPS: u64 = 20_000;
@@ -25,14 +25,50 @@ pub(super) enum Fault {
     KillStandby(u64),
     /// The connection is cut at this step.
     Cut(u64),
-    /// From this step on nothing comes through.
-    Hole(u64),
+    /// From this step on nothing comes through, in both directions or in one.
+    Hole(u64, Option<Way>),
+    /// From this step on nothing comes in this direction for so many steps, and then all of it; with `true`, nothing comes
+    /// in the other direction any more from then on.
+    Stall(u64, u64, Way, bool),
+    /// The source's process is stopped for so many steps: at this step, or behind it before it performs such an action.
+    StopSource(u64, u64, StopIn),
+    StopStandby(u64, u64),
+    /// The standby's embedder gives the guest up at this step.
+    Discard(u64),
+    /// The protection is ended at this step, and from then on nothing comes in this direction.
+    EndedLost(u64, Way),
     /// The standby's embedder is wrong: the source lives.
     FalseDeath(u64),
     /// From this step on the standby takes bytes once in so many steps; 0: never.
     Slow(u64, u64),
     /// The protection is ended at this step, and the standby's embedder is wrong about it.
     Ended(u64),
+}
+
+/// A direction of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    Forward,
+    Back,
+}
+
+/// What a process that is stopped was about to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StopIn {
+    Anything,
+    Report,
+    Resume,
+}
+
+/// A lease, and the clocks by which it is counted: in thousandths of true time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Leasing {
+    pub(super) config: LeaseConfig,
+    pub(super) rates: [u32; 2],
+    /// The vCPUs look at the lease before they enter the guest.
+    pub(super) vcpus_check: bool,
+    /// Steps in which the guest is paused for want of a lease.
+    pub(super) pause_steps: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -48,21 +84,43 @@ pub(super) struct Plan {
     pub(super) apply_fails: Option<u64>,
     /// The standby's VMM does not take the device state.
     pub(super) load_fails: bool,
+    pub(super) leasing: Option<Leasing>,
+}
+
+impl Way {
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Forward => Self::Back,
+            Self::Back => Self::Forward,
+        }
+    }
 }
 
 impl Plan {
     pub(super) fn of(rng: &mut Rng) -> Self {
         let blocks = (0..1 + rng.below(3)).map(|_| 1 + rng.below(6)).collect();
         let at = |rng: &mut Rng| 1 + rng.below(LIFE / 2);
-        let fault = match rng.below(14) {
+        let leasing = rng.one_in(2).then(|| leasing(rng));
+        let fault = match rng.below(if leasing.is_some() { 23 } else { 14 }) {
             0 => Fault::Action(rng.below(60)),
             1..=4 => Fault::KillSource(at(rng), rng.below(60)),
             5 => Fault::KillStandby(at(rng)),
             6 => Fault::Cut(at(rng)),
-            7 => Fault::Hole(at(rng)),
+            7 => Fault::Hole(at(rng), rng.pick(&[None, Some(Way::Forward), Some(Way::Back)])),
             8 => Fault::FalseDeath(at(rng)),
             9 => Fault::Ended(at(rng)),
             10 | 11 => Fault::Slow(at(rng), rng.pick(&[0, 300])),
+            14..=16 => {
+                let within = rng.pick(&[StopIn::Anything, StopIn::Report, StopIn::Resume]);
+                Fault::StopSource(at(rng), rng.pick(&[40, 300, 2000]), within)
+            }
+            17 => Fault::StopStandby(at(rng), rng.pick(&[40, 300, 2000])),
+            18..=20 => {
+                let (way, lost) = (rng.pick(&[Way::Forward, Way::Back]), rng.one_in(2));
+                Fault::Stall(at(rng), rng.pick(&[150, 290, 400]), way, lost)
+            }
+            22 => Fault::EndedLost(at(rng), rng.pick(&[Way::Forward, Way::Back])),
+            21 => Fault::Discard(at(rng)),
             _ => Fault::None,
         };
         let config = CheckpointConfig {
@@ -70,11 +128,35 @@ impl Plan {
             live_rounds: rng.below(4) as u32,
             live_pages: rng.below(6),
             confirm_timeout: STEP * CONFIRM_TIMEOUT as u32,
+            lease: leasing.map(|leasing| leasing.config),
         };
+        // A guest that could not be paused, or that ran when its process was stopped, is kept from running by the look at
+        // the lease alone.
+        let was_running = matches!(fault, Fault::StopSource(_, _, StopIn::Anything | StopIn::Report));
+        let must_check = was_running || matches!(fault, Fault::Action(_));
+        let leasing =
+            leasing.map(|leasing| Leasing { vcpus_check: leasing.vcpus_check || must_check, ..leasing });
         let (writes_every, demands_every) = (rng.pick(&[2, 5, 20]), rng.pick(&[50, 300]));
         let apply_fails = if rng.one_in(8) { Some(1 + rng.below(40)) } else { None };
         let load_fails = rng.one_in(8);
-        Self { blocks, config, writes_every, demands_every, fault, apply_fails, load_fails }
+        Self { blocks, config, writes_every, demands_every, fault, apply_fails, load_fails, leasing }
+    }
+
+    /// The clock of the source or of the standby at this step.
+    pub(super) fn clock(&self, now: u64, side: usize) -> Duration {
+        let rate = self.leasing.map_or(1000, |leasing| leasing.rates[side]);
+        STEP * now as u32 * rate / 1000
+    }
+}
+
+fn leasing(rng: &mut Rng) -> Leasing {
+    // With little time for the pause the look at the lease counts.
+    let stop = rng.pick(&[20, 60]);
+    Leasing {
+        config: LeaseConfig { time: STEP * rng.pick(&[320, 600]), stop: STEP * stop },
+        rates: [rng.pick(&[950, 1000, 1050]), rng.pick(&[950, 1000, 1050])],
+        vcpus_check: stop == 20 || rng.one_in(2),
+        pause_steps: rng.below(10),
     }
 }
 
@@ -88,6 +170,8 @@ pub(super) enum Sent {
     State(u64),
     Close(u64, u64),
     Release,
+    /// For a lease.
+    Renew(u64),
 }
 
 /// A message of the standby.
@@ -96,4 +180,6 @@ pub(super) enum Answer {
     Confirm(u64),
     Taken,
     Released,
+    Grant(u64),
+    Discarded,
 }

@@ -1,8 +1,9 @@
 //! The source's host: its engine, and a guest that writes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
-use super::plan::{Answer, CONFIRM_TIMEOUT, Fault, Page, Plan, STEP, Sent};
+use super::plan::{Answer, CONFIRM_TIMEOUT, Fault, Page, Plan, Sent, StopIn, Way};
 use super::world::World;
 use crate::engine::{
     CheckpointAction, CheckpointBreakage, CheckpointEngine, CheckpointEvent, CheckpointOutcome,
@@ -16,8 +17,6 @@ pub(super) struct Source {
     pub(super) log: BTreeSet<Page>,
     pub(super) dirty: BTreeSet<Page>,
     pub(super) in_checkpoint: u64,
-    /// Since when it waits for the answer to the end.
-    pub(super) released_at: Option<u64>,
     pub(super) doing: Option<CheckpointAction>,
     pub(super) actions: u64,
     /// Since when it waits for the standby to take bytes.
@@ -28,6 +27,10 @@ pub(super) struct Source {
     pub(super) has_error: bool,
     pub(super) runs: bool,
     pub(super) lives: bool,
+    /// Its process is stopped until this step.
+    pub(super) stopped_until: Option<u64>,
+    /// Since when the guest is being paused for want of a lease.
+    pub(super) fences_since: Option<u64>,
     pub(super) outcome: Option<CheckpointOutcome>,
     pub(super) safe: u64,
 }
@@ -43,7 +46,6 @@ impl Source {
             log: BTreeSet::new(),
             dirty: BTreeSet::new(),
             in_checkpoint: 0,
-            released_at: None,
             doing: None,
             actions: 0,
             waits_since: None,
@@ -52,6 +54,8 @@ impl Source {
             has_error: false,
             runs: true,
             lives: true,
+            stopped_until: None,
+            fences_since: None,
             outcome: None,
             safe: 0,
         }
@@ -59,6 +63,10 @@ impl Source {
 
     pub(super) fn runs_elsewhere(&self) -> bool {
         !self.lives || self.outcome == Some(CheckpointOutcome::Taken)
+    }
+
+    pub(super) fn is_stopped(&self, now: u64) -> bool {
+        self.stopped_until.is_some_and(|until| now < until)
     }
 }
 
@@ -71,11 +79,28 @@ impl World {
     /// An event that is no answer to an action.
     pub(super) fn tell_beside(&mut self, event: CheckpointEvent) {
         self.source.has_error |= event == CheckpointEvent::Lost;
-        self.source.engine.handle(STEP * self.now as u32, event);
+        self.source.engine.handle(self.source_clock(), event);
+    }
+
+    fn source_clock(&self) -> Duration {
+        self.plan.clock(self.now, 0)
+    }
+
+    /// By the clock of now.
+    fn lease_holds(&self) -> bool {
+        self.source.engine.may_run_until().is_none_or(|until| self.source_clock() < until)
+    }
+
+    /// The source's vCPUs run.
+    pub(super) fn source_runs(&self) -> bool {
+        let checks = self.plan.leasing.is_some_and(|leasing| leasing.vcpus_check)
+            && self.breakage != CheckpointBreakage::VcpusUnchecked;
+        let source = &self.source;
+        source.lives && source.runs && !source.is_stopped(self.now) && (!checks || self.lease_holds())
     }
 
     pub(super) fn guest_steps(&mut self) {
-        if !self.source.runs {
+        if !self.source_runs() {
             return;
         }
         self.source.device += 1;
@@ -89,7 +114,7 @@ impl World {
     }
 
     fn sends(&mut self, message: Sent) -> bool {
-        if self.is_connected && !self.is_hole {
+        if self.is_connected && !self.is_hole(Way::Forward) {
             self.forward.push_back(message);
         }
         self.is_connected
@@ -100,9 +125,13 @@ impl World {
             return;
         }
         self.source_hears();
+        self.renews();
         if let Some(action) = self.source.doing.or_else(|| self.source.engine.poll()) {
             if self.source.doing.replace(action).is_none() {
                 self.source.actions += 1;
+                if self.is_stopped_in(action) {
+                    return;
+                }
                 let may_fail = !matches!(action, CheckpointAction::Finish(_) | CheckpointAction::Resume);
                 if self.plan.fault == Fault::Action(self.source.actions) && may_fail {
                     self.findings.saw("an action failed");
@@ -113,9 +142,53 @@ impl World {
             }
             return self.perform(action);
         }
-        if self.source.engine.wake_at().is_some_and(|at| STEP * self.now as u32 >= at) {
+        if self.source.engine.wake_at().is_some_and(|at| self.source_clock() >= at) {
             self.tell_beside(CheckpointEvent::Time);
         }
+    }
+
+    /// Between other steps, and between the pages of a checkpoint.
+    fn renews(&mut self) {
+        if self.source.waits_since.is_some() {
+            return;
+        }
+        if let Some(number) = self.source.engine.renewal(self.source_clock()) {
+            self.sends(Sent::Renew(number));
+        }
+    }
+
+    fn is_stopped_in(&mut self, action: CheckpointAction) -> bool {
+        let Fault::StopSource(at, steps, within) = self.plan.fault else { return false };
+        let stops = match within {
+            StopIn::Anything => true,
+            StopIn::Report => matches!(action, CheckpointAction::ReportSafe(_)),
+            StopIn::Resume => action == CheckpointAction::Resume,
+        };
+        if !stops || self.now < at || self.source.stopped_until.is_some() {
+            return false;
+        }
+        self.findings.saw("the source's process is stopped");
+        self.source.stopped_until = Some(self.now + steps);
+        true
+    }
+
+    /// The action was decided when the lease still held.
+    fn comes_too_late(&mut self, action: CheckpointAction) -> bool {
+        use CheckpointAction::{ReportSafe, Resume, Unfence};
+        let needs_lease = matches!(action, ReportSafe(_) | Resume | Unfence);
+        let is_unchecked = match self.breakage {
+            CheckpointBreakage::OutputUnchecked | CheckpointBreakage::OutputPastLease => {
+                matches!(action, ReportSafe(_))
+            }
+            CheckpointBreakage::ResumePastLease => action == Resume,
+            _ => false,
+        };
+        if needs_lease && !is_unchecked && !self.lease_holds() {
+            self.findings.saw("the lease has run out before an action");
+            self.tell(CheckpointEvent::TooLate);
+            return true;
+        }
+        false
     }
 
     fn fails(&mut self) {
@@ -138,11 +211,13 @@ impl World {
             self.fails();
             return true;
         }
-        let now = STEP * self.now as u32;
+        let now = self.source_clock();
         let since = *self.source.waits_since.get_or_insert(self.now);
         match self.source.engine.give_up_at() {
             Some(at) if now >= at => {
-                self.findings.saw("paused for too long");
+                if !self.source.runs {
+                    self.findings.saw("paused for too long");
+                }
                 self.tell(CheckpointEvent::Failed);
             }
             None if !self.source.runs => {}
@@ -153,24 +228,29 @@ impl World {
     }
 
     fn source_hears(&mut self) {
+        if self.is_stalled(Way::Back) {
+            return;
+        }
         match self.back.pop_front() {
-            _ if self.is_hole => {}
+            _ if self.is_hole(Way::Back) => {}
             Some(Answer::Confirm(number)) => self.tell_beside(CheckpointEvent::Confirmed(number)),
             Some(Answer::Taken) => {
                 self.findings.saw("the source learns that its guest was taken");
                 self.tell_beside(CheckpointEvent::Taken);
             }
-            Some(Answer::Released) if self.source.doing == Some(CheckpointAction::Release) => {
-                self.tell(CheckpointEvent::Done);
+            Some(Answer::Released) => self.tell_beside(CheckpointEvent::Released),
+            Some(Answer::Grant(number)) => self.tell_beside(CheckpointEvent::Granted(number)),
+            Some(Answer::Discarded) => {
+                self.findings.saw("the source learns that its standby has no guest");
+                self.tell_beside(CheckpointEvent::Discarded);
             }
-            Some(Answer::Released) => self.findings.must(false, "an answer to nothing"),
             None if !self.is_connected => self.tell_beside(CheckpointEvent::Lost),
             None => {}
         }
     }
 
     fn perform(&mut self, action: CheckpointAction) {
-        if self.waits_for_room(action) {
+        if self.waits_for_room(action) || self.comes_too_late(action) {
             return;
         }
         match action {
@@ -204,6 +284,17 @@ impl World {
                 }
                 return;
             }
+            CheckpointAction::Fence if self.source.runs && self.is_fencing() => return,
+            CheckpointAction::Fence => {
+                if self.source.runs {
+                    self.source.paused_at = self.now;
+                }
+                (self.source.runs, self.source.fences_since) = (false, None);
+            }
+            CheckpointAction::Unfence => {
+                self.findings.saw("the guest runs on when the lease is renewed");
+                self.source.runs = true;
+            }
             CheckpointAction::Pause => (self.source.runs, self.source.paused_at) = (false, self.now),
             CheckpointAction::StopLogs => self.source.logs_are_on = false,
             CheckpointAction::SaveState(_) => drop(self.sends(Sent::State(self.source.device))),
@@ -214,26 +305,23 @@ impl World {
             CheckpointAction::Resume => self.source.runs = true,
             CheckpointAction::ReportSafe(number) => {
                 self.findings.must(number == self.source.safe + 1, "safe checkpoints out of order");
+                let is_beside = self.standby.runs && self.plan.leasing.is_some() && !self.is_word_false();
+                self.findings.must(!is_beside, "output is let out beside the guest at the standby");
                 self.source.safe = number;
                 self.findings.saw("safe");
             }
             CheckpointAction::Release => {
-                // The answer comes by itself, or the connection is lost, or it takes too long.
-                let is_late = self.source.released_at.is_some_and(|at| self.now > at + 2000);
-                if self.source.engine.is_ending() || is_late {
+                if !self.sends(Sent::Release) {
                     return self.fails();
                 }
-                if self.source.released_at.is_none() {
-                    self.source.released_at = Some(self.now);
-                    self.sends(Sent::Release);
-                }
-                return;
             }
             CheckpointAction::Finish(outcome) => {
                 self.source.outcome = Some(outcome);
                 self.is_connected &= outcome == CheckpointOutcome::Stopped;
                 return;
             }
+            // READY has not come.
+            CheckpointAction::Greet if self.is_connected && !self.standby.has_greeted => return,
             CheckpointAction::Send | CheckpointAction::Greet => {}
         }
         if action == CheckpointAction::Pause {
@@ -241,5 +329,13 @@ impl World {
             self.moments.insert(number, (self.source.memory.clone(), self.source.device));
         }
         self.tell(CheckpointEvent::Done);
+    }
+
+    /// Pausing takes some steps.
+    fn is_fencing(&mut self) -> bool {
+        self.findings.saw("the guest is paused for want of a lease");
+        let steps = self.plan.leasing.map_or(0, |leasing| leasing.pause_steps);
+        let since = *self.source.fences_since.get_or_insert(self.now);
+        self.now < since + steps
     }
 }

@@ -1,8 +1,9 @@
 //! The standby's host: its engine, and its cache with memory of its own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::plan::{Answer, Page, Plan, Sent};
+use super::plan::{Answer, Page, Plan, Sent, Way};
 use super::world::World;
 use crate::engine::{CheckpointBreakage, StandbyAction, StandbyEnding, StandbyEngine, StandbyEvent};
 use crate::guest::{CheckpointCache, MappedGuest};
@@ -19,6 +20,7 @@ pub(super) struct Standby {
     pub(super) come: u64,
     pub(super) device: u64,
     pub(super) was_released: bool,
+    pub(super) has_greeted: bool,
     /// Parts of checkpoints that were applied.
     applied_parts: u64,
     /// The first command of its embedder: the guest is to start.
@@ -43,7 +45,7 @@ impl Standby {
             breakage == CheckpointBreakage::PlaceEarly,
             breakage == CheckpointBreakage::StateEarly,
         );
-        let mut engine = StandbyEngine::default();
+        let mut engine = StandbyEngine::new(plan.leasing.is_some());
         engine.break_order(breakage);
         Self {
             engine,
@@ -53,6 +55,7 @@ impl Standby {
             come: 0,
             device: 0,
             was_released: false,
+            has_greeted: false,
             applied_parts: 0,
             is_to_start: None,
             is_torn: false,
@@ -66,17 +69,35 @@ impl Standby {
 impl World {
     pub(super) fn answer(&mut self, event: StandbyEvent) {
         self.standby.doing = None;
-        self.standby.engine.handle(event);
+        self.standby_hears(event);
+    }
+
+    /// An event that is no answer to an action.
+    pub(super) fn standby_hears(&mut self, event: StandbyEvent) {
+        self.standby.engine.handle(self.plan.clock(self.now, 1), event);
+    }
+
+    /// Nothing has come: the lease may have run out.
+    fn standby_waits(&mut self) {
+        if self.standby.engine.wake_at().is_some_and(|at| self.plan.clock(self.now, 1) >= at) {
+            self.standby.is_to_start.get_or_insert(true);
+            self.findings.saw("the lease has run out at the standby");
+            self.standby_hears(StandbyEvent::Time);
+        }
     }
 
     pub(super) fn standby_steps(&mut self) {
         if self.standby.ending.is_some() {
             return;
         }
-        let Some(action) = self.standby.doing.or_else(|| self.standby.engine.poll()) else { return };
+        let Some(action) = self.standby.doing.or_else(|| self.standby.engine.poll()) else {
+            return self.standby_waits();
+        };
         self.standby.doing = Some(action);
         match action {
             StandbyAction::Receive => return self.receive(),
+            StandbyAction::Grant(number) => self.answers(Answer::Grant(number)),
+            StandbyAction::TellDiscarded => self.answers(Answer::Discarded),
             StandbyAction::Confirm(number) => self.answers(Answer::Confirm(number)),
             StandbyAction::Apply(_) if self.apply_fails() => {
                 self.findings.saw("memory could not be written to");
@@ -108,9 +129,11 @@ impl World {
             StandbyAction::AnswerRelease => self.answers(Answer::Released),
             StandbyAction::Finish(ending) => {
                 self.standby.ending = Some(ending);
+                self.is_connected &= ending != StandbyEnding::Discarded;
                 return;
             }
-            StandbyAction::Greet | StandbyAction::Apply(_) => {}
+            StandbyAction::Greet => self.standby.has_greeted = true,
+            StandbyAction::Apply(_) => {}
         }
         self.answer(StandbyEvent::Done);
     }
@@ -121,17 +144,21 @@ impl World {
     }
 
     fn answers(&mut self, answer: Answer) {
-        if self.is_connected && !self.is_hole {
+        if self.is_connected && !self.is_hole(Way::Back) {
             self.back.push_back(answer);
         }
     }
 
     fn receive(&mut self) {
-        let message = match self.forward.pop_front() {
+        let is_late = self.is_stalled(Way::Forward);
+        let message = match if is_late { None } else { self.forward.pop_front() } {
             Some(message) => message,
-            None if !self.is_connected => return self.answer(StandbyEvent::Lost),
-            // A command ends the wait.
-            None => return self.answer(StandbyEvent::Done),
+            None if !self.is_connected && !is_late => return self.answer(StandbyEvent::Lost),
+            // A command ends the wait, or the lease.
+            None => {
+                self.standby_waits();
+                return self.answer(StandbyEvent::Done);
+            }
         };
         let event = match message {
             Sent::Open(number) => {
@@ -157,6 +184,10 @@ impl World {
             }
             Sent::Close(number, pages) if pages == self.standby.come => StandbyEvent::Whole(number),
             Sent::Close(..) => StandbyEvent::Failed,
+            Sent::Renew(number) => {
+                let time = self.plan.leasing.map_or(Duration::ZERO, |leasing| leasing.config.time);
+                StandbyEvent::Asked { number, time }
+            }
             Sent::Release => {
                 self.standby.was_released = true;
                 StandbyEvent::Released

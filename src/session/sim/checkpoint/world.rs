@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::super::findings::Findings;
 use super::super::plan::Rng;
-use super::plan::{Answer, CONFIRM_TIMEOUT, Fault, LIFE, Page, Plan, STEPS, Sent};
+use super::plan::{Answer, CONFIRM_TIMEOUT, Fault, LIFE, Page, Plan, STEPS, Sent, StopIn, Way};
 use super::source::Source;
 use super::standby::Standby;
 use crate::engine::{
@@ -21,7 +21,7 @@ pub(super) struct World {
     pub(super) forward: VecDeque<Sent>,
     pub(super) back: VecDeque<Answer>,
     pub(super) is_connected: bool,
-    pub(super) is_hole: bool,
+    pub(super) breakage: CheckpointBreakage,
     /// What each checkpoint is of: memory and device state when the guest was paused for it.
     pub(super) moments: BTreeMap<u64, (BTreeMap<Page, u64>, u64)>,
     pub(super) findings: Findings,
@@ -48,7 +48,7 @@ impl World {
             forward: VecDeque::new(),
             back: VecDeque::new(),
             is_connected: true,
-            is_hole: false,
+            breakage,
             moments: BTreeMap::new(),
             findings: Findings::default(),
         }
@@ -62,13 +62,12 @@ impl World {
             self.fault();
             match self.rng.below(5) {
                 0 => self.guest_steps(),
-                1 | 2 if self.source.lives => self.source_steps(),
-                3 | 4 if self.standby.lives => self.standby_steps(),
+                1 | 2 if self.source.lives && !self.source.is_stopped(self.now) => self.source_steps(),
+                3 | 4 if self.standby.lives && !self.is_standby_stopped() => self.standby_steps(),
                 _ => {}
             }
-            let is_false = matches!(self.plan.fault, Fault::FalseDeath(_));
-            self.findings
-                .must(is_false || !(self.source.runs && self.standby.runs), "both sides run the guest");
+            let both = self.source_runs() && self.standby.runs;
+            self.findings.must(!both || self.is_word_false(), "both sides run the guest");
             self.check_pause();
         }
         self.check();
@@ -78,8 +77,39 @@ impl World {
     fn check_pause(&mut self) {
         let source = &self.source;
         let stands_still = source.lives && !source.runs && source.outcome.is_none();
-        let is_long = stands_still && self.now > source.paused_at + CONFIRM_TIMEOUT + 200;
+        let was_stopped = matches!(self.plan.fault, Fault::StopSource(..));
+        let is_long = stands_still && !was_stopped && self.now > source.paused_at + CONFIRM_TIMEOUT + 200;
         self.findings.must(!is_long, "the guest stands still for too long");
+    }
+
+    /// The standby's embedder is wrong.
+    pub(super) fn is_word_false(&self) -> bool {
+        matches!(self.plan.fault, Fault::FalseDeath(_))
+    }
+
+    /// From this step on nothing comes in this direction.
+    pub(super) fn is_hole(&self, way: Way) -> bool {
+        match self.plan.fault {
+            Fault::Hole(at, which) => self.now >= at && which.is_none_or(|which| which == way),
+            Fault::EndedLost(at, which) => self.now >= at && which == way,
+            Fault::Stall(at, steps, which, true) => self.now >= at + steps && which.other() == way,
+            _ => false,
+        }
+    }
+
+    /// What comes in this direction comes later.
+    pub(super) fn is_stalled(&self, way: Way) -> bool {
+        match self.plan.fault {
+            Fault::Stall(at, steps, which, _) => (at..at + steps).contains(&self.now) && which == way,
+            _ => false,
+        }
+    }
+
+    fn is_standby_stopped(&self) -> bool {
+        match self.plan.fault {
+            Fault::StopStandby(at, steps) => (at..at + steps).contains(&self.now),
+            _ => false,
+        }
     }
 
     fn is_over(&self) -> bool {
@@ -105,15 +135,24 @@ impl World {
                 (self.source.lives, self.source.runs) = (false, false);
                 self.cut();
             }
-            Fault::KillSource(at, after) if at + after + 1 == now => self.activate(),
+            // With a lease nobody needs to say it.
+            Fault::KillSource(at, after) if at + after + 1 == now && self.plan.leasing.is_none() => {
+                self.activate();
+            }
+            Fault::StopSource(at, steps, StopIn::Anything) if at == now && self.source.lives => {
+                self.source.stopped_until = Some(now + steps);
+            }
+            Fault::Discard(at) if at == now => self.command(StandbyEvent::Discard),
             Fault::KillStandby(at) if at == now => {
                 (self.standby.lives, self.standby.runs) = (false, false);
                 self.cut();
             }
             Fault::Cut(at) if at == now => self.cut(),
-            Fault::Hole(at) if at == now => self.is_hole = true,
+            Fault::Hole(at, _) if at == now && self.is_hole(Way::Forward) => self.forward.clear(),
             Fault::FalseDeath(at) if at == now => self.activate(),
-            Fault::Ended(at) if at == now => self.tell_beside(CheckpointEvent::Stop),
+            Fault::Ended(at) | Fault::EndedLost(at, _) if at == now => {
+                self.tell_beside(CheckpointEvent::Stop)
+            }
             Fault::Ended(_) if self.standby.was_released => self.activate(),
             _ => {}
         }
@@ -121,7 +160,13 @@ impl World {
             self.tell_beside(CheckpointEvent::Stop);
         }
         // In the end the embedder knows that the source has not died.
-        if now > LIFE && self.source.outcome.is_some() && !self.source.runs_elsewhere() {
+        // A standby that has nothing to start waits for its embedder, with a lease too.
+        let nothing_starts = self.plan.leasing.is_some() && self.standby.engine.wake_at().is_none();
+        if now > LIFE && !self.source.lives && nothing_starts {
+            self.command(StandbyEvent::Discard);
+        }
+        let starts_itself = self.plan.leasing.is_some() && self.standby.engine.wake_at().is_some();
+        if now > LIFE && self.source.outcome.is_some() && !self.source.runs_elsewhere() && !starts_itself {
             self.command(StandbyEvent::Discard);
         }
     }
@@ -142,7 +187,7 @@ impl World {
 
     fn command(&mut self, command: StandbyEvent) {
         self.standby.is_to_start.get_or_insert(command == StandbyEvent::Activate);
-        self.standby.engine.handle(command);
+        self.standby_hears(command);
     }
 
     /// What must hold after any run.
@@ -174,10 +219,21 @@ impl World {
         };
         self.findings.must(!self.source.logs_are_on, "a log is left on");
         if outcome == CheckpointOutcome::Taken {
-            return self.findings.must(!self.source.runs, "a guest that was taken runs");
+            let runs = self.source_runs();
+            return self.findings.must(!runs, "a guest that was taken runs");
+        }
+        let cause = self.source.engine.cause();
+        if outcome == CheckpointOutcome::Fenced {
+            self.findings.saw("fenced");
+            self.findings.must(self.plan.leasing.is_some(), "a guest is fenced that needs no lease");
+            let runs = self.source_runs();
+            self.findings.must(!runs, "a guest that may be started elsewhere runs");
+            self.findings.must(self.source.has_error || cause.is_some(), "nobody says why it ended");
+            let fault = matches!(self.plan.fault, Fault::None | Fault::Discard(_));
+            let given_up = self.standby.ending == Some(StandbyEnding::Discarded) && fault;
+            return self.findings.must(!given_up, "a guest stands still that its standby has given up");
         }
         self.findings.must(self.source.runs, "the guest does not run on");
-        let cause = self.source.engine.cause();
         match outcome {
             CheckpointOutcome::Stopped => self.findings.saw("stopped"),
             _ => {
