@@ -12,7 +12,8 @@
 //! With `--postcopy` it continues there as soon as its vCPUs' registers have arrived, and a vCPU that touches a missing
 //! page waits.
 //!
-//! With `--protect` a second process runs it and is killed, and it goes on here from its last whole checkpoint.
+//! With `--protect` a second process runs it and is killed, and it goes on here from its last whole checkpoint; with
+//! `--lease` by itself.
 
 mod files;
 mod protect;
@@ -103,6 +104,10 @@ struct Args {
     /// milliseconds, kill that process and go on here
     #[arg(long, value_name = "MS", num_args = 0..=1, default_missing_value = "20", conflicts_with_all = ["snapshot", "restore", "postcopy", "throttle", "max_bandwidth", "downtime_ms"])]
     protect: Option<u64>,
+    /// With --protect: of the second process a lease of so many milliseconds. It is killed or stopped, the guest goes on here by
+    /// itself, and must not run there any more
+    #[arg(long, value_name = "MS", requires = "protect")]
+    lease: Option<u64>,
     /// The second process is this program with this option
     #[arg(long, hide = true)]
     second: bool,

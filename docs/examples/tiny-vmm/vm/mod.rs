@@ -21,6 +21,7 @@ use ramwire::guest::{
     DeviceState, DirtyError, DirtySource, GuestControl, GuestMemory, KvmDirtyLog, KvmDirtyRing, KvmSlot,
     MappedGuest, RingSize, VcpuGate, VcpuThreads,
 };
+use ramwire::session::Lease;
 use ramwire::sys::{KvmMemory, duplicate};
 use ramwire::units::{BlockIndex, BlockOffset, GuestAddr, Percent, Rate, RestShare};
 use serde::{Deserialize, Serialize};
@@ -92,6 +93,7 @@ struct Board {
     addresses: Vec<u32>,
     slots: Vec<KvmSlot>,
     ring: Option<RingSize>,
+    lease: Lease,
     vm: VmFd,
     /// Shows the memory to the guest as long as this lives.
     _shown: KvmMemory,
@@ -137,7 +139,7 @@ impl TinyVm {
             Log::Ring => Some(RingSize::enable(duplicate(&vm)?, RING).map_err(io::Error::other)?),
         };
         kick::prepare_kicks()?;
-        let board = Board { memory, addresses, slots, ring, vm, _shown: shown };
+        let board = Board { memory, addresses, slots, ring, lease: Lease::default(), vm, _shown: shown };
         Ok(Self { board: Arc::new(board), machine: Arc::default(), vcpu_threads: VcpuThreads::default() })
     }
 
@@ -173,6 +175,16 @@ impl TinyVm {
     /// Which thread runs which vCPU.
     pub(crate) fn vcpu_threads(&self) -> VcpuThreads {
         self.vcpu_threads.clone()
+    }
+
+    /// What the vCPUs look at before they enter the guest.
+    pub(crate) fn lease(&self) -> Lease {
+        self.board.lease.clone()
+    }
+
+    /// Pages that the vCPUs have written in a run that ended when the lease had run out.
+    pub(crate) fn pages_written_late(&self) -> u64 {
+        self.with(|machine| Ok(machine.vcpus.iter().map(|vcpu| vcpu.wrote_late()).sum())).unwrap_or(0)
     }
 
     /// Knows what the vCPUs write.
@@ -240,7 +252,9 @@ impl Board {
         };
         let gate = Arc::new(VcpuGate::new(shape.vcpus));
         let rate = shape.rate.map(|rate| Rate(rate.div_ceil(shape.vcpus.into())));
-        let vcpu = |(number, fd)| Arc::new(Vcpu::new(fd, number, gate.clone(), ring.clone(), rate));
+        let lease = &self.lease;
+        let vcpu =
+            |(number, fd)| Arc::new(Vcpu::new(fd, number, (gate.clone(), lease.clone()), ring.clone(), rate));
         let vcpus = fds.into_iter().enumerate().map(vcpu).collect();
         Ok(Machine { shape, plan, gate, vcpus, threads: Arc::default(), kicker: None, source, ring })
     }

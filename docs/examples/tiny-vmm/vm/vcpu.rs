@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use ramwire::guest::{KvmDirtyRing, VcpuGate, VcpuThreads};
+use ramwire::session::Lease;
 use ramwire::units::Rate;
 use serde::{Deserialize, Serialize};
 
@@ -68,10 +69,12 @@ pub(super) struct Vcpu {
     fd: Mutex<VcpuFd>,
     number: usize,
     gate: Arc<VcpuGate>,
+    lease: Lease,
     ring: Option<Arc<KvmDirtyRing>>,
     /// This vCPU's own.
     rate: Option<Rate>,
     wrote: AtomicU64,
+    wrote_late: AtomicU64,
     /// Why it can't run any more.
     trouble: Mutex<Option<String>>,
 }
@@ -80,12 +83,13 @@ impl Vcpu {
     pub(super) fn new(
         fd: VcpuFd,
         number: usize,
-        gate: Arc<VcpuGate>,
+        (gate, lease): (Arc<VcpuGate>, Lease),
         ring: Option<Arc<KvmDirtyRing>>,
         rate: Option<Rate>,
     ) -> Self {
-        let (fd, wrote, trouble) = (Mutex::new(fd), AtomicU64::new(0), Mutex::default());
-        Self { fd, number, gate, ring, rate, wrote, trouble }
+        let (fd, trouble) = (Mutex::new(fd), Mutex::default());
+        let [wrote, wrote_late] = [0; 2].map(AtomicU64::new);
+        Self { fd, number, gate, lease, ring, rate, wrote, wrote_late, trouble }
     }
 
     fn fd(&self) -> MutexGuard<'_, VcpuFd> {
@@ -116,6 +120,11 @@ impl Vcpu {
         self.wrote.load(Ordering::Relaxed)
     }
 
+    /// Of those, the ones that were finished after the lease had run out: in a run that was entered before.
+    pub(super) fn wrote_late(&self) -> u64 {
+        self.wrote_late.load(Ordering::Relaxed)
+    }
+
     pub(super) fn trouble(&self) -> Option<String> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -144,9 +153,15 @@ impl Vcpu {
                 self.gate.nap(Duration::from_secs(3600));
                 continue;
             }
+            // A process that was stopped may continue here when a standby runs this guest.
+            if !self.lease.holds() {
+                self.gate.nap(NAP);
+                continue;
+            }
             match fd.run() {
                 Ok(VcpuExit::IoOut(WROTE, _)) => {
                     self.wrote.fetch_add(1, Ordering::Relaxed);
+                    self.wrote_late.fetch_add(u64::from(!self.lease.holds()), Ordering::Relaxed);
                     due = self.pace(due);
                 }
                 Ok(VcpuExit::IoOut(WRONG, _)) => return Err(wrong_page(fd)),
