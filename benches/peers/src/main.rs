@@ -6,6 +6,7 @@
 //! | `converge` | does a guest that writes as fast as the link carries, or faster, still arrive? |
 //! | `limit` | does `--max-bandwidth` hold, over all of a run and over each tenth of a second? |
 //! | `snapshot` | how long does a running guest stand still for a snapshot, and how long do its writes wait? |
+//! | `checkpoint` | how long does a guest with a standby stand still for each checkpoint, and how much does it still write? |
 //! | `restore` | how fast is a guest read from its file, and how soon does one run whose memory is read behind it? |
 //! | `postcopy` | how long does a thread wait for a missing page, beside a bare handler; how fast does the rest follow? |
 //! | `latency` | how long does an RDMA WRITE take compared with perftest's? |
@@ -14,6 +15,7 @@
 //! --release`.
 #![allow(unreachable_pub)]
 
+mod checkpoint;
 mod converge;
 mod error;
 mod interval;
@@ -69,6 +71,8 @@ enum Command {
     Limit(limit::LimitArgs),
     /// How long a running guest stands still for a snapshot, how long its writes wait, and how many are left meanwhile
     Snapshot(snapshot::SnapshotArgs),
+    /// How long a guest with a standby stands still for each checkpoint, and how many of its writes are left
+    Checkpoint(checkpoint::CheckpointArgs),
     /// How fast a guest is read from its file, and how soon one runs whose memory is read behind it
     Restore(restore::RestoreArgs),
     /// How long a thread waits for a missing page, and how fast the rest follows, paired with a bare handler and precopy
@@ -122,6 +126,7 @@ fn main() -> ExitCode {
         Command::Limit(args) => limit::run(args),
         Command::Restore(args) => restore::run(args, &cancel),
         Command::Snapshot(args) => snapshot::run(args, &cancel),
+        Command::Checkpoint(args) => checkpoint::run(args, &cancel),
         Command::Postcopy(args) => postcopy::run(args, &cancel).map(|()| Exit::Done),
         #[cfg(feature = "rdma")]
         Command::Latency(args) => latency::run(args, &cancel).map(|()| Exit::Done),
