@@ -4,6 +4,8 @@
 //! `ramwire-load` loads the device state and starts the guest; `ramwire-faults` waits for faults and sends requests. A
 //! request needs nothing but the return path: it waits for no batch and for no page that is being placed.
 
+mod loading;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -15,16 +17,17 @@ use std::os::fd::AsFd;
 
 use crate::engine::{Ending, FaultAnswer, HostPage, Ownership, Pager, Waiter};
 use crate::error::Chain;
-use crate::guest::{GuestControl, Placer, VcpuThreads, load_state};
+use crate::guest::{GuestControl, Placer, VcpuThreads};
 use crate::observe::{LatencySummary, PageWaits, SharedStatistics, Status};
 use crate::ram::{Landing, PageSet};
 use crate::stream::native::decode_state_section;
 use crate::stream::qemu::incoming::IncomingStream;
 use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::Message;
-use crate::sys::{CancelToken, Lock as _, MissingFaults, Stop, StopReason};
+use crate::sys::{CancelToken, Lock as _, MissingFaults, Stop};
 use crate::transport::{ByteSink, ChannelError};
 
+use self::loading::{NotStarted, load_and_run};
 use super::DestinationSession;
 use super::owner::Owner;
 use super::preempt::Preempt;
@@ -34,7 +37,6 @@ use super::relayed::never_came;
 use super::return_path::ReturnPathWriter;
 use super::switch::Switch;
 use crate::session::Error;
-use crate::session::callback::guarded;
 use crate::session::workers::Spawner;
 
 /// Interval between two checks whether the last pages have arrived.
@@ -78,6 +80,8 @@ pub(super) struct Shared {
     answered: AtomicBool,
     /// The device state could not be loaded, or the guest not started.
     load_failed: AtomicBool,
+    /// The guest was not started only because it had been given up: the reason for that is the cause of all.
+    gave_way: AtomicBool,
     /// Raised at the end of all.
     over: CancelToken,
     /// Raised when the present connection is of no more use.
@@ -356,6 +360,7 @@ impl DestinationSession {
             native: self.driver.engine.is_native(),
             answered: AtomicBool::new(false),
             load_failed: AtomicBool::new(false),
+            gave_way: AtomicBool::new(false),
             over: CancelToken::default(),
             connection: Mutex::default(),
             failure: Mutex::default(),
@@ -397,9 +402,10 @@ impl DestinationSession {
             let mut control = control;
             let done = load_and_run(&shared, &mut control, &state, &pings);
             *time.locked() = shared.now();
+            shared.gave_way.store(matches!(done, Err(NotStarted::GivenUp)), Ordering::Release);
             shared.load_failed.store(done.is_err(), Ordering::Release);
             let failed = done.is_err();
-            *loaded.locked() = Some((control, done));
+            *loaded.locked() = Some((control, done.map_err(Error::from)));
             if failed {
                 shared.lose_connection();
             }
@@ -465,7 +471,8 @@ impl DestinationSession {
         if let Some(why) = self.ingest.why_ended() {
             return why;
         }
-        let failed = self.switch.running().is_some_and(|postcopy| postcopy.shared.load_has_failed());
+        let failed = |shared: &Shared| shared.load_has_failed() && !shared.gave_way.load(Ordering::Acquire);
+        let failed = self.switch.running().is_some_and(|postcopy| failed(&postcopy.shared));
         if failed && let Err(cause) = self.take_control() {
             return cause;
         }
@@ -503,57 +510,4 @@ impl DestinationSession {
         let time_to_run = *postcopy.time_to_run.locked();
         (Some(MissingPages { faults, requests, latency, waits, preempt_pages, time_to_run }), preempt_bytes)
     }
-}
-
-fn given_up() -> Error {
-    let doing = "starting a guest whose source keeps it";
-    ChannelError::Stopped { reason: StopReason::Cancelled, doing }.into()
-}
-
-fn load_and_run(
-    shared: &Shared,
-    control: &mut Box<dyn GuestControl>,
-    state: &[u8],
-    pings: &[u32],
-) -> Result<(), Error> {
-    let loaded = guarded("loading the device state", || load_state(control.as_mut(), state))?;
-    loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
-    for value in pings {
-        if *value == PING_TAKEN {
-            if !shared.owner.step(Ownership::answering) {
-                return Err(given_up());
-            }
-            // Before the connection is chosen: a RESUME on a later one finds it, and sends the answer there.
-            shared.answered.store(true, Ordering::Release);
-        }
-        let connection = shared.connection.locked().clone();
-        let stop = Stop::on(&connection);
-        let said = shared.back.message(Message::Pong(*value), &stop.within(shared.send_timeout));
-        let Err(error) = said.and_then(|()| shared.delivered(*value, &stop)) else { continue };
-        match shared.owner.get() {
-            // A source that does not wait for this answer has handed the guest over by the package.
-            Ownership::Here => {}
-            // The answer may have arrived nevertheless: another connection of the source proves it.
-            Ownership::Unknown => {
-                connection.cancel();
-                if !shared.owner.wait_until_known() {
-                    return Err(error.into());
-                }
-            }
-            // It waits for the next answer, which may go on another connection.
-            Ownership::Source if shared.native => {}
-            Ownership::Source | Ownership::GivenUp => return Err(error.into()),
-        }
-    }
-    if !shared.owner.step(Ownership::proven) {
-        return Err(given_up());
-    }
-    // A connection that was lost meanwhile reports that itself.
-    shared.statistics.update(|s| {
-        if s.status == Status::Device {
-            s.status = Status::PostcopyActive;
-        }
-    });
-    let started = guarded("calling GuestControl::resume", || control.resume())?;
-    started.map_err(|source| Error::Control { what: "resume", source })
 }
