@@ -52,7 +52,7 @@ pub enum CheckpointEvent {
     Demand,
     /// The embedder ends the protection.
     Stop,
-    /// It is the time of [`CheckpointEngine::wake_at`], or later.
+    /// It is the time of [`CheckpointEngine::wake_at`](super::CheckpointEngine::wake_at), or later.
     Time,
 }
 
