@@ -93,7 +93,9 @@ impl Mode {
 
     fn offer(self) -> Option<ExtensionOffer> {
         let migration = MigrationId([9; 16]);
-        let offer = ExtensionOffer { data_queues: 0, window: 1, features: Features::ALL, migration };
+        // One connection is all that it makes.
+        let features = Features { reads: false, ..Features::ALL };
+        let offer = ExtensionOffer { data_queues: 0, window: 1, features, migration };
         self.native.then_some(offer)
     }
 }
