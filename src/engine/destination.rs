@@ -24,104 +24,11 @@
 //! Where memory was passed it is the source's until COMMIT, and loading device state may write to it: it is loaded after
 //! COMMIT.
 
+mod event;
+
 use std::time::Duration;
 
-/// Events for a destination. All but the answers may arrive at any time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DestinationEvent {
-    /// The source sent HELLO.
-    Hello {
-        /// It will send a digest.
-        digest: bool,
-        /// It will compare its memory with what it has sent, once the guest runs here, and report the result.
-        memory_check: bool,
-    },
-    /// A QEMU's device state is complete, the byte that commits included.
-    Tail,
-    /// The package of a switchover to postcopy is here: the source has handed the guest over, pages are missing.
-    Package,
-    /// A ramwire's RAM and device state are complete.
-    StateSent,
-    /// The last digest has arrived.
-    Digests,
-    /// The guest is ours.
-    Commit,
-
-    /// Answer: the current action is done.
-    Done,
-    /// Answer: the source has connected again before the guest ran here.
-    Resumed {
-        /// It has handed the guest over, and asks whether it runs.
-        committed: bool,
-    },
-    /// Answer: whether the guest runs here is not known. Its start broke off, and it could not be stopped again.
-    MayRun,
-
-    /// The source closed its connection before its last byte: it has kept its guest.
-    SourceLeft,
-    /// The current action failed, or the stream did.
-    Failed,
-    /// The connection, or after the guest was started among missing pages a page, is lost.
-    Lost,
-    /// The time of [`wake_at`](DestinationEngine::wake_at) is there.
-    Woken,
-    /// The embedder requests the end.
-    Cancel,
-}
-
-/// What the session is to do next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum DestinationAction {
-    /// Read on.
-    Receive,
-    /// Make our own digest of RAM and state; the source makes its own at the same time.
-    MakeDigest,
-    /// Compare it with the source's.
-    CompareDigest,
-    /// Give the device state to the VMM.
-    LoadState,
-    /// Serve missing pages from here on, and let a thread load the device state and start the guest.
-    Listen,
-    /// Wait for the source's next connection, and continue with it.
-    AwaitRecovery,
-    /// All pages are here: wait until that thread has started the guest.
-    AwaitGuest,
-    /// Tell the source, by READY, that it may send COMMIT.
-    SendReady,
-    /// Let the guest run.
-    Resume,
-    /// Report to the source that the guest runs: RUNNING or SHUT(0).
-    SendRunning,
-    /// The guest runs here. Wait for what the source finds in its memory.
-    AwaitMemoryCheck,
-    /// Report the failure to the source, as far as that is possible.
-    SendFailed,
-    /// Nothing more to do.
-    Finish(Ending),
-}
-
-/// How a migration ended, as the destination knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// The guest runs here.
-    Running,
-    /// The guest does not run here, and everything that arrived is discarded.
-    Discarded,
-    /// The guest runs here, but the connection was lost while pages were missing that only the source has.
-    Incomplete,
-    /// The source handed the guest over, but it could not be started: this is the only copy. RAM is whole and the
-    /// device state is loaded, so that the VMM may start the guest itself, at any time; if it can't, an operator
-    /// resumes the guest at the source, which keeps it paused. Never both. Where memory was passed the device state may
-    /// not be loaded, or in part, and the same memory is the source's guest. From a source without a return path it may
-    /// not be loaded either: it was given away whether it could be loaded or not.
-    Stranded,
-    /// The source has no return path, and may have given the guest away: its last byte may have been under way when this
-    /// end failed or was cancelled. What arrived is discarded. The guest runs on at its source, or runs nowhere and is
-    /// whole only there: an operator looks, and lets it run there.
-    Unanswered,
-}
+pub use event::{DestinationAction, DestinationEvent, Ending};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -146,6 +53,31 @@ enum Phase {
     Ended(Ending),
 }
 
+/// What the source is, and wants.
+#[derive(Debug, Default)]
+struct Source {
+    native: bool,
+    digest: bool,
+    memory_check: bool,
+    /// It waits for no answer.
+    unasked: bool,
+}
+
+/// How far it has come.
+#[derive(Debug, Default)]
+struct Reached {
+    digests_here: bool,
+    committed: bool,
+    /// READY was sent, and the source has not taken back its guest since.
+    ready: bool,
+    /// The guest runs here, and came without postcopy.
+    runs: bool,
+    /// All pages of a guest that runs here since a switch to postcopy have arrived.
+    whole: bool,
+    /// All missing pages were read from the source's memory, which is not needed any more.
+    read_all: bool,
+}
+
 /// The destination's state machine.
 #[derive(Debug)]
 pub struct DestinationEngine {
@@ -156,24 +88,11 @@ pub struct DestinationEngine {
     busy: bool,
     wake_at: Option<Duration>,
     commit_timeout: Duration,
-    native: bool,
-    digest: bool,
-    digests_here: bool,
-    memory_check: bool,
-    committed: bool,
+    source: Source,
     recoverable: bool,
     resumable: bool,
-    /// READY was sent, and the source has not taken back its guest since.
-    ready: bool,
-    /// The guest runs here, and came without postcopy.
-    runs: bool,
-    /// All pages of a guest that runs here since a switch to postcopy have arrived.
-    whole: bool,
-    /// All missing pages were read from the source's memory, which is not needed any more.
-    read_all: bool,
+    reached: Reached,
     late_load: bool,
-    /// The source waits for no answer.
-    unasked: bool,
 }
 
 impl DestinationEngine {
@@ -185,25 +104,17 @@ impl DestinationEngine {
             busy: false,
             wake_at: None,
             commit_timeout,
-            native: false,
-            digest: false,
-            digests_here: false,
-            memory_check: false,
-            committed: false,
+            source: Source::default(),
             recoverable: false,
             resumable: false,
-            ready: false,
-            runs: false,
-            whole: false,
-            read_all: false,
+            reached: Reached::default(),
             late_load: false,
-            unasked: false,
         }
     }
 
     /// The source has no return path: it gives its guest away with its last byte, unasked. Before the first page.
     pub fn source_gives_unasked(&mut self) {
-        self.unasked = true;
+        self.source.unasked = true;
     }
 
     /// Whether a lost connection may be followed by another, once the guest runs here among missing pages. May change.
@@ -225,27 +136,27 @@ impl DestinationEngine {
 
     /// True once the source sends ramwire's messages.
     pub fn is_native(&self) -> bool {
-        self.native
+        self.source.native
     }
 
     /// True once the source has handed over the guest.
     pub fn is_committed(&self) -> bool {
-        self.committed
+        self.reached.committed
     }
 
     /// No page of a guest that the source has handed over is missing: the connection is no longer needed for them.
     pub fn all_pages_came(&mut self) {
-        self.read_all = true;
+        self.reached.read_all = true;
     }
 
     /// True once a guest that was started among missing pages misses none.
     pub fn is_whole(&self) -> bool {
-        self.whole
+        self.reached.whole
     }
 
     /// True while the source alone decides: READY was sent, or the guest was handed over.
     pub fn is_bound(&self) -> bool {
-        self.committed || self.ready && !self.has_failed()
+        self.reached.committed || self.reached.ready && !self.has_failed()
     }
 
     /// The next thing to do. There is always one until the last was taken and not answered.
@@ -273,7 +184,7 @@ impl DestinationEngine {
             E::Cancel => self.fail(),
             E::Woken if self.wake_at.is_none_or(|at| now < at) => {}
             E::SourceLeft => {
-                (self.busy, self.unasked) = (false, false);
+                (self.busy, self.source.unasked) = (false, false);
                 self.answered(now, event);
             }
             E::Failed | E::Lost | E::Woken => {
@@ -282,7 +193,7 @@ impl DestinationEngine {
             }
             // The cancel met the last byte: the source has given the guest away, and all of it is here.
             E::Tail if self.phase == Phase::Failing(Ending::Unanswered) && self.outbox.is_some() => {
-                self.committed = true;
+                self.reached.committed = true;
                 self.go(Phase::Loading, DestinationAction::LoadState);
             }
             // Without a current action this is no answer: another event has ended the action.
@@ -308,22 +219,23 @@ impl DestinationEngine {
             (Phase::Failing(ending), _) => self.end(ending),
             (Phase::Ended(_), _) => {}
             (Phase::Receiving, E::Hello { digest, memory_check }) => {
-                (self.native, self.digest, self.memory_check) = (true, digest, memory_check);
+                (self.source.native, self.source.digest, self.source.memory_check) =
+                    (true, digest, memory_check);
                 self.read_on();
             }
-            (Phase::Receiving, E::Tail) if !self.native => {
+            (Phase::Receiving, E::Tail) if !self.source.native => {
                 // The source has sent the byte that commits: from here on it does not resume by itself.
-                self.committed = true;
+                self.reached.committed = true;
                 self.go(Phase::Loading, A::LoadState);
             }
             (Phase::Receiving, E::Package) => {
-                self.committed = true;
+                self.reached.committed = true;
                 self.go(Phase::Listening, A::Listen);
             }
             (Phase::Listening, E::Done) => self.go(Phase::Filling, A::Receive),
             (Phase::Filling, E::Tail) => self.go(Phase::AwaitingGuest, A::AwaitGuest),
             (Phase::AwaitingGuest, E::Done) => {
-                self.whole = true;
+                self.reached.whole = true;
                 self.go(Phase::SendingRunning, A::SendRunning);
             }
             // The source never resumes after it has handed over the guest, and the guest runs here: no failure is
@@ -332,24 +244,28 @@ impl DestinationEngine {
                 self.go(Phase::Recovering, A::AwaitRecovery);
             }
             // The source has not received the report that all pages have arrived: it connects again to receive it.
-            (Phase::SendingRunning, E::Lost) if self.whole && self.recoverable => {
+            (Phase::SendingRunning, E::Lost) if self.reached.whole && self.recoverable => {
                 self.go(Phase::Recovering, A::AwaitRecovery);
             }
             (Phase::Recovering, E::Done) => self.go(Phase::Filling, A::Receive),
             // The guest may not have been started yet.
-            (Phase::Filling, E::Lost) if self.read_all => self.go(Phase::AwaitingGuest, A::AwaitGuest),
-            (Phase::Filling | Phase::Recovering | Phase::AwaitingGuest, E::Lost) => {
-                self.end(if self.whole { Ending::Running } else { Ending::Incomplete });
+            (Phase::Filling, E::Lost) if self.reached.read_all => {
+                self.go(Phase::AwaitingGuest, A::AwaitGuest)
             }
-            (Phase::Receiving, E::StateSent) if self.native && self.digest => {
+            (Phase::Filling | Phase::Recovering | Phase::AwaitingGuest, E::Lost) => {
+                self.end(if self.reached.whole { Ending::Running } else { Ending::Incomplete });
+            }
+            (Phase::Receiving, E::StateSent) if self.source.native && self.source.digest => {
                 self.go(Phase::Digesting, A::MakeDigest);
             }
-            (Phase::Receiving, E::StateSent) if self.native => self.load_or_wait(),
-            (Phase::Receiving | Phase::Digesting, E::Digests) if self.digest => {
-                self.digests_here = true;
+            (Phase::Receiving, E::StateSent) if self.source.native => self.load_or_wait(),
+            (Phase::Receiving | Phase::Digesting, E::Digests) if self.source.digest => {
+                self.reached.digests_here = true;
                 self.read_on();
             }
-            (Phase::Digesting, E::Done) if self.digests_here => self.go(Phase::Comparing, A::CompareDigest),
+            (Phase::Digesting, E::Done) if self.reached.digests_here => {
+                self.go(Phase::Comparing, A::CompareDigest)
+            }
             (Phase::Digesting, E::Done) => self.go(Phase::AwaitingDigests, A::Receive),
             (Phase::AwaitingDigests, E::Digests) => self.go(Phase::Comparing, A::CompareDigest),
             (Phase::Comparing, E::Done) => self.load_or_wait(),
@@ -358,28 +274,28 @@ impl DestinationEngine {
             }
             (Phase::AwaitingSource, E::Resumed { committed }) => self.resumed(committed),
             // The source may never learn it.
-            (Phase::AwaitingSource, _) if self.runs => self.end(Ending::Running),
-            (Phase::Loading, E::Done) if self.native && !self.committed => self.send_ready(),
+            (Phase::AwaitingSource, _) if self.reached.runs => self.end(Ending::Running),
+            (Phase::Loading, E::Done) if self.source.native && !self.reached.committed => self.send_ready(),
             (Phase::Loading, E::Done) => self.go(Phase::Resuming, A::Resume),
             (Phase::SendingReady, E::Done) => {
                 self.go(Phase::AwaitingCommit, A::Receive);
                 self.wake_at = Some(now + self.commit_timeout);
             }
             (Phase::AwaitingCommit, E::Commit) => {
-                self.committed = true;
+                self.reached.committed = true;
                 match self.late_load {
                     true => self.go(Phase::Loading, A::LoadState),
                     false => self.go(Phase::Resuming, A::Resume),
                 }
             }
             // A QEMU that receives a failure resumes its guest, and ours may run: report that the guest is here.
-            (Phase::Resuming, E::MayRun) if !self.native => self.go(Phase::Keeping, A::SendRunning),
+            (Phase::Resuming, E::MayRun) if !self.source.native => self.go(Phase::Keeping, A::SendRunning),
             (Phase::Keeping, _) => self.end(Ending::Stranded),
             (Phase::Resuming, E::Done) => {
-                self.runs = true;
+                self.reached.runs = true;
                 self.go(Phase::SendingRunning, A::SendRunning);
             }
-            (Phase::SendingRunning, E::Done) if self.memory_check && self.native => {
+            (Phase::SendingRunning, E::Done) if self.source.memory_check && self.source.native => {
                 self.go(Phase::AwaitingMemoryCheck, A::AwaitMemoryCheck);
             }
             // The guest runs here. A report that the source did not receive, or the result of its memory check, changes
@@ -399,7 +315,7 @@ impl DestinationEngine {
 
     /// From here on the source alone decides.
     fn send_ready(&mut self) {
-        self.ready = true;
+        self.reached.ready = true;
         self.go(Phase::SendingReady, DestinationAction::SendReady);
     }
 
@@ -415,22 +331,22 @@ impl DestinationEngine {
                 | Phase::SendingRunning
                 | Phase::AwaitingSource
         );
-        self.resumable && self.native && lives && !self.whole
+        self.resumable && self.source.native && lives && !self.reached.whole
     }
 
     /// The source has connected again. Without COMMIT its guest runs on there, and what follows is newer than the device
     /// state here. With it the guest is ours, whether COMMIT itself came or not: only the newest connection is asked.
     fn resumed(&mut self, committed: bool) {
         match committed {
-            true if self.runs => self.go(Phase::SendingRunning, DestinationAction::SendRunning),
+            true if self.reached.runs => self.go(Phase::SendingRunning, DestinationAction::SendRunning),
             // A source that takes back what it has handed over.
-            false if self.runs => self.end(Ending::Running),
-            false if !self.committed => {
-                (self.ready, self.digests_here) = (false, false);
+            false if self.reached.runs => self.end(Ending::Running),
+            false if !self.reached.committed => {
+                (self.reached.ready, self.reached.digests_here) = (false, false);
                 self.go(Phase::Receiving, DestinationAction::Receive);
             }
-            true if self.ready && !self.committed => {
-                self.committed = true;
+            true if self.reached.ready && !self.reached.committed => {
+                self.reached.committed = true;
                 self.go(Phase::Resuming, DestinationAction::Resume);
             }
             _ => self.fail(),
@@ -446,13 +362,13 @@ impl DestinationEngine {
     /// A ramwire never resumes after COMMIT, nor a QEMU without a return path after its last byte: then the only copy may
     /// be ours. Where pages are missing it can't be, and a ramwire resumes as a QEMU does.
     fn fail(&mut self) {
-        if self.whole {
+        if self.reached.whole {
             return self.end(Ending::Running);
         }
-        let kept = self.native || self.unasked;
+        let kept = self.source.native || self.source.unasked;
         let ending = match () {
-            () if kept && self.committed && !self.misses_pages() => Ending::Stranded,
-            () if self.unasked => Ending::Unanswered,
+            () if kept && self.reached.committed && !self.misses_pages() => Ending::Stranded,
+            () if self.source.unasked => Ending::Unanswered,
             () => Ending::Discarded,
         };
         self.go(Phase::Failing(ending), DestinationAction::SendFailed);

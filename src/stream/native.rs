@@ -42,17 +42,20 @@
 //! PING([`channels_ping`]) reports how many page channels the source has. A destination with another number answers
 //! REFUSED, also before HELLO: the greeting has shown it that the source is a ramwire.
 
+mod answer;
 mod finding;
+mod hello;
 mod read_key;
 mod resume;
 
-use super::error::DecodeError;
 use super::page_counts;
 use super::qemu::section::{Framing, Item, SectionName, decode_item, encode_footer, encode_full};
 use super::reader::Reader;
 use super::writer::Writer;
 use crate::ram::BlockName;
+pub use answer::{Answer, decode_answer};
 pub use finding::Finding;
+pub use hello::Hello;
 pub use read_key::ReadKey;
 pub use resume::{Purpose, Resume};
 
@@ -128,90 +131,6 @@ pub const fn channels_ping(channels: u8) -> u32 {
 /// The number in a [`channels_ping`]; `None` for any other value.
 pub const fn channels_of_ping(value: u32) -> Option<u8> {
     if value >> 8 == 0x52_5743 { Some(value as u8) } else { None }
-}
-
-/// How an end describes itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hello {
-    /// Oldest version it supports.
-    pub min_version: u16,
-    /// Newest version it supports; in the answer: the one that both use from here on.
-    pub max_version: u16,
-    /// Names this migration on later channels.
-    pub migration_id: [u8; 16],
-    /// A digest of RAM and state is compared before READY.
-    pub digest: bool,
-    /// Requested pages of a postcopy come on a connection of their own.
-    pub urgent: bool,
-    /// Memory is passed as descriptors: the source may, the destination takes it.
-    pub passes: bool,
-    /// Fingerprints of pages are compared after each round, and the source's memory once the guest runs.
-    pub fingerprints: bool,
-    /// Pages of a postcopy that nobody waits for come on the page channels.
-    pub spread: bool,
-    /// All memory was passed ahead of the stream: the source gave it, the destination has it.
-    pub has_memory: bool,
-    /// A lost connection may be followed by another, on which the other end proves by this that it is the same.
-    pub secret: Option<[u8; 16]>,
-}
-
-impl Hello {
-    /// The HELLO of this version.
-    pub fn ours(migration_id: [u8; 16], digest: bool) -> Self {
-        Self {
-            min_version: MIN_VERSION,
-            max_version: MAX_VERSION,
-            migration_id,
-            digest,
-            urgent: false,
-            passes: false,
-            fingerprints: false,
-            spread: false,
-            has_memory: false,
-            secret: None,
-        }
-    }
-
-    /// The newest version that both ends support.
-    pub fn common_version(&self) -> Option<u16> {
-        let version = self.max_version.min(MAX_VERSION);
-        (version >= self.min_version && version >= MIN_VERSION).then_some(version)
-    }
-
-    fn encode(&self, writer: &mut Writer<'_>) {
-        writer.be16(self.min_version).be16(self.max_version).bytes(&self.migration_id);
-        let flags = [
-            self.digest,
-            self.urgent,
-            self.passes,
-            self.fingerprints,
-            self.spread,
-            self.secret.is_some(),
-            self.has_memory,
-        ];
-        writer.u8(flags.iter().rev().fold(0, |bits, flag| bits << 1 | u8::from(*flag)));
-        writer.bytes(self.secret.as_ref().map_or(&[][..], |secret| secret.as_slice()));
-    }
-
-    fn decode(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
-        let (min_version, max_version, migration_id) = (reader.be16()?, reader.be16()?, reader.array()?);
-        let flags = reader.u8()?;
-        let [digest, urgent, passes, fingerprints, spread, resumes, has_memory] =
-            [1, 2, 4, 8, 16, 32, 64].map(|bit| flags & bit != 0);
-        let secret = if resumes { Some(reader.array()?) } else { None };
-        Ok(Self {
-            min_version,
-            max_version,
-            migration_id,
-            digest,
-            urgent,
-            passes,
-            fingerprints,
-            spread,
-            has_memory,
-            secret,
-        })
-    }
 }
 
 /// Why pages were not sent.
@@ -457,97 +376,6 @@ pub fn decode_order(number: u16, body: &[u8]) -> Option<Order<'_>> {
         _ => return None,
     };
     reader.rest().is_empty().then_some(order)
-}
-
-/// A message of the destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer<'a> {
-    /// The sender's HELLO; `max_version` is the version that both support.
-    Hello(Hello),
-    /// All is loaded, the digest is equal: COMMIT may come.
-    Ready,
-    /// The guest runs here.
-    Running,
-    /// The migration failed here and the guest does not run here.
-    Refused {
-        /// Why, at most [`MAX_REASON`] bytes.
-        why: &'a str,
-    },
-    /// Everything has arrived and is being checked and loaded: READY follows later.
-    Working,
-    /// All that was sent in front of this FENCE is in place.
-    Fenced {
-        /// Its number.
-        number: u64,
-    },
-    /// All missing pages of the memory behind a key are here: it is needed no more.
-    ReadWhole {
-        /// The key's number.
-        number: u32,
-    },
-    /// The answer to RESUME.
-    Holds {
-        /// The source's secret: this is the destination that it lost.
-        secret: [u8; 16],
-        /// The last FENCE that has come; 0: none.
-        fence: u64,
-    },
-}
-
-impl Answer<'_> {
-    /// The message type on the wire.
-    pub fn number(&self) -> u16 {
-        FIRST_NUMBER
-            + match self {
-                Self::Hello(_) => 1,
-                Self::Ready => 2,
-                Self::Running => 3,
-                Self::Refused { .. } => 4,
-                Self::Working => 5,
-                Self::Fenced { .. } => 6,
-                Self::Holds { .. } => 7,
-                Self::ReadWhole { .. } => 8,
-            }
-    }
-
-    /// Appends the body; the text of a refusal is cut at [`MAX_REASON`].
-    pub fn encode_body(&self, out: &mut Vec<u8>) {
-        let mut writer = Writer::new(out);
-        match self {
-            Self::Hello(hello) => hello.encode(&mut writer),
-            Self::Ready | Self::Running | Self::Working => {}
-            Self::Fenced { number } => {
-                writer.be64(*number);
-            }
-            Self::ReadWhole { number } => {
-                writer.be32(*number);
-            }
-            Self::Holds { secret, fence } => {
-                writer.bytes(secret).be64(*fence);
-            }
-            Self::Refused { why } => {
-                let cut = (0..=MAX_REASON.min(why.len())).rev().find(|at| why.is_char_boundary(*at));
-                writer.bytes(&why.as_bytes()[..cut.unwrap_or(0)]);
-            }
-        }
-    }
-}
-
-/// Decodes the body of message `number`; `None` if there is no such message or the body is malformed.
-pub fn decode_answer(number: u16, body: &[u8]) -> Option<Answer<'_>> {
-    let mut reader = Reader::new(body);
-    let answer = match number.checked_sub(FIRST_NUMBER)? {
-        1 => return Hello::decode(&mut reader).ok().map(Answer::Hello),
-        2 => Answer::Ready,
-        3 => Answer::Running,
-        5 => Answer::Working,
-        4 => return std::str::from_utf8(body).ok().map(|why| Answer::Refused { why }),
-        6 => Answer::Fenced { number: reader.be64().ok()? },
-        7 => Answer::Holds { secret: reader.array().ok()?, fence: reader.be64().ok()? },
-        8 => Answer::ReadWhole { number: reader.be32().ok()? },
-        _ => return None,
-    };
-    reader.rest().is_empty().then_some(answer)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The source's hooks: they send pages and the byte stream.
 
+mod config;
 mod keys;
 mod pages;
 mod queues;
@@ -10,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use crate::blocks::{RamBlock, check_announceable};
-use crate::capabilities::{Capabilities, Extension, Features, MigrationId, Role};
+use crate::capabilities::{Capabilities, Role};
 use crate::channel::{Channel, connect_params};
 use crate::chunk::{CHUNK_BYTES, Merger, SpanTable};
 use crate::control::{BlockRecord, Message, STREAM_MESSAGE_BYTES, WORD_BYTES, answer_bytes};
@@ -20,6 +21,8 @@ use crate::hooks::return_path::return_window;
 use crate::hooks::{HookMark, HooksError, RamControl, ReturnReader, Ticket};
 use crate::stop::Stop;
 use crate::stream::StreamSender;
+use config::offer;
+pub use config::{ExtensionOffer, SourceConfig};
 use keys::{Asked, Pinned};
 use zeros::Zeros;
 
@@ -30,58 +33,6 @@ const RETURN_PATH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Interval at which the source sends keepalives in an open round.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Configuration of the source.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// Register all of RAM at both ends before the first page. Faster per page, slower to start, and all of RAM is
-    /// resident at both ends.
-    pub pin_all: bool,
-    /// Without pin-all: maximum number of bytes registered at a time; the least recently used spans are unregistered.
-    pub pin_budget_bytes: Option<u64>,
-    /// Without pin-all: most chunks (of 1 MiB) per registration. A walk in address order reaches it by doubling.
-    pub max_span_chunks: u64,
-    /// Zero runs of at least this many bytes are sent as messages instead of written, even if a key is at hand. Towards
-    /// a peer that takes lists of zero ranges the minimum is at most two pages.
-    pub zero_floor_bytes: u64,
-    /// Unit in which [`PageContent::Unknown`](crate::hooks::PageContent::Unknown) is checked for zeros.
-    pub page_bytes: u64,
-    /// Offer this crate's extension: additional queue pairs and a window of credits. A QEMU ignores it.
-    pub extension: Option<ExtensionOffer>,
-    /// Maximum number of RAM blocks: the destination's table of them must fit a buffer that is allocated before they
-    /// are known. Up to 1024 blocks need no larger buffer.
-    pub most_blocks: usize,
-    /// Keep the time each signalled write took, for [`SourceHooks::drain_latencies`].
-    pub record_latencies: bool,
-}
-
-impl Default for SourceConfig {
-    fn default() -> Self {
-        Self {
-            pin_all: false,
-            pin_budget_bytes: None,
-            max_span_chunks: 64,
-            zero_floor_bytes: 64 * 1024,
-            page_bytes: 4096,
-            extension: None,
-            most_blocks: 1024,
-            record_latencies: false,
-        }
-    }
-}
-
-/// The extension that the source offers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExtensionOffer {
-    /// Additional queue pairs for writes.
-    pub data_queues: u16,
-    /// Maximum number of messages in flight.
-    pub window: u16,
-    /// Messages beyond QEMU's.
-    pub features: Features,
-    /// Random; binds the connections of this migration to each other.
-    pub migration: MigrationId,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Round {
@@ -453,9 +404,4 @@ impl SourceHooks {
             into.append(list);
         }
     }
-}
-
-fn offer(config: &SourceConfig, role: Role) -> Option<Extension> {
-    let ExtensionOffer { data_queues, window, features, migration } = config.extension?;
-    Some(Extension { role, data_queues, window, features, migration })
 }

@@ -10,6 +10,7 @@ mod fingerprints;
 mod ingest;
 mod keepalive;
 mod mapper;
+mod observer;
 mod owner;
 mod passing;
 mod placing;
@@ -30,12 +31,11 @@ mod skipped;
 mod switch;
 mod wire;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::{DestinationAction, DestinationEngine, DestinationEvent};
 use crate::error::Chain;
-use crate::guest::{GuestMemory, PageObserver, load_state};
+use crate::guest::load_state;
 use crate::observe::SharedStatistics;
 use crate::stream::native::Answer;
 use crate::stream::qemu::incoming::{IncomingConfig, StreamLimits};
@@ -56,6 +56,7 @@ use driver::Driver;
 use figures::Figures;
 use ingest::Ingest;
 use keepalive::Keepalive;
+pub(crate) use observer::IncomingObserver;
 pub use postcopy::MissingPages;
 pub(super) use provider::same_blocks;
 pub use provider::{DestinationGuest, Incoming, MemoryProvider, Zeroed};
@@ -69,86 +70,6 @@ use resume::{Accepts, Resumption};
 pub(super) use resume::{BothWays, Further};
 use switch::Switch;
 use wire::Wire;
-
-/// Sees pages as they arrive; a relay's.
-pub(crate) trait IncomingObserver: Send {
-    /// The early sections have arrived and pages are next. Called again before each section of pages, which have this
-    /// id.
-    ///
-    /// # Errors
-    /// Ends the migration.
-    fn began(
-        &mut self,
-        incoming: &Incoming,
-        memory: &Arc<dyn GuestMemory>,
-        section: u32,
-    ) -> Result<(), Error>;
-
-    /// The memory exists and no page has arrived yet: returns the observer of each page, called by the thread that
-    /// places it.
-    fn watch(&mut self, memory: &Arc<dyn GuestMemory>) -> Arc<dyn PageObserver>;
-
-    /// Called between reads; may wait to hand pressure back to the source.
-    ///
-    /// # Errors
-    /// Ends the migration.
-    fn between_reads(&mut self) -> Result<(), Error>;
-
-    /// The last page has arrived: the source's guest is paused. `scan` is the time taken to find the last pages by
-    /// their content, if they arrived by a link that reports none.
-    ///
-    /// # Errors
-    /// Ends the migration.
-    fn ram_complete(&mut self, scan: Option<Duration>) -> Result<(), Error>;
-
-    /// True if the guest of a source that switches to postcopy runs elsewhere, at the far end of a relay.
-    ///
-    /// # Errors
-    /// Such a source is refused.
-    fn relays_postcopy(&self) -> Result<bool, Error> {
-        Ok(false)
-    }
-
-    /// The source has switched to postcopy: returns once the far end was given the guest.
-    ///
-    /// # Errors
-    /// It was not, and the guest does not run there.
-    fn switched(&mut self, _switched: Switched) -> Result<(), Error> {
-        Err(out_of_turn("a package", "a migration without ADVISE"))
-    }
-
-    /// After the switch: ends each wait for the source.
-    fn stop(&self) -> Stop {
-        Stop::never()
-    }
-
-    /// After the switch: the last page has arrived. Returns once the far end has everything.
-    ///
-    /// # Errors
-    /// It has not: its connection was lost.
-    fn all_came(&mut self) -> Result<(), Error> {
-        Ok(())
-    }
-
-    /// After the switch: a step or the connection has failed. Returns when it is decided who has the guest, and the
-    /// source knows if it is the far end: until then the connection must not close, nor a failure be reported.
-    fn settle(&self) {}
-
-    /// After the switch: true while the source may have sent everything, and waits for an answer.
-    fn source_may_be_silent(&self) -> bool {
-        false
-    }
-
-    /// After the switch: true once the guest runs at the far end, so that a loss gives it to nobody else.
-    fn is_taken(&self) -> bool {
-        false
-    }
-
-    /// After the switch: why the relay has ended it, if it has.
-    fn why_ended(&self) -> Option<Error> {
-        None
-    }
-}
 
 /// The destination's session before and while it runs.
 pub struct DestinationSession {

@@ -3,48 +3,13 @@
 use std::collections::BTreeSet;
 
 mod faults;
+mod rng;
 
 use self::faults::{draw_fault, draw_second};
 use super::device::{Drawn, Page};
 use crate::session::Verify;
-use crate::transport::Random;
 use crate::units::PageSize;
-
-/// Draws from a seed.
-#[derive(Clone, Debug)]
-pub(super) struct Rng(Random);
-
-impl Rng {
-    pub(super) fn new(seed: u64) -> Self {
-        let mut rng = Self(Random(seed));
-        rng.next();
-        rng
-    }
-
-    pub(super) fn next(&mut self) -> u64 {
-        self.0.draw()
-    }
-
-    /// A number below `limit`.
-    pub(super) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
-    }
-
-    /// A number below one of `limits`.
-    pub(super) fn below_one_of(&mut self, limits: &[u64]) -> u64 {
-        let limit = self.pick(limits);
-        self.below(limit)
-    }
-
-    /// True once in `n`.
-    pub(super) fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-
-    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len() as u64) as usize]
-    }
-}
+pub(super) use rng::Rng;
 
 /// An end of the migration, also the direction of the bytes that it sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

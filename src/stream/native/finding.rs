@@ -1,6 +1,7 @@
 //! MEMORY_CHECK: what a source has found in its memory.
 
-use super::{DecodeError, Range, Reader, Writer};
+use super::{Range, Reader, Writer};
+use crate::stream::error::DecodeError;
 
 /// The result of comparing all memory with the pages that were sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

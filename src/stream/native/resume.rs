@@ -1,6 +1,7 @@
 //! RESUME: another connection of a migration whose connection was lost.
 
-use super::{DecodeError, Reader, Writer};
+use super::{Reader, Writer};
+use crate::stream::error::DecodeError;
 
 /// Who connects again, and what for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 mod channel;
 mod loss;
 mod pages;
+mod parts;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -19,6 +20,7 @@ use crate::stream::qemu::package::{PING_TAKEN, decode_package};
 use crate::stream::qemu::return_path::{Message, encode_bitmap};
 use crate::sys::CancelToken;
 pub(super) use channel::{Again, Sink};
+use parts::{Part, Start, Urgent};
 
 pub(super) type Shared = Arc<Mutex<Destination>>;
 
@@ -26,52 +28,6 @@ pub(super) type Shared = Arc<Mutex<Destination>>;
 const PING_PACKAGED: u32 = 4;
 /// Maximum number of background pages in a batch; it ends with a host page.
 const BATCH: u64 = 64;
-
-/// Progress of the guest's start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Start {
-    NotYet,
-    /// The device state is being loaded, for this many steps; devices request pages as well.
-    Loading(u64),
-    Done,
-    Failed,
-}
-
-/// The host page that was partly received on a connection.
-#[derive(Clone, Debug, Default)]
-struct Part {
-    /// Its block and first page.
-    at: Option<(usize, u64)>,
-    /// Numbers of the received pages.
-    numbers: Vec<u64>,
-}
-
-/// The connection for urgent pages.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Urgent {
-    wanted: Option<UrgentChannel>,
-    connected: bool,
-    /// Its last mark was received.
-    ended: bool,
-    input: Vec<u8>,
-    block: usize,
-    /// Pages received on it, and those after a lost connection.
-    pub(super) pages: u64,
-    pub(super) again: u64,
-}
-
-impl Urgent {
-    /// A QEMU 7.2 reads nothing before the connection is open.
-    fn is_waited_for(&self) -> bool {
-        self.wanted == Some(UrgentChannel::Early) && !self.connected
-    }
-
-    /// It is lost together with the main one.
-    fn lose(&mut self) {
-        (self.connected, self.ended) = (false, false);
-        self.input.clear();
-    }
-}
 
 pub(super) struct Destination {
     pub(super) native: bool,

@@ -30,16 +30,36 @@ pub struct IncomingStream {
     /// Offset of the next unread byte.
     position: u64,
     configuration: Option<Configuration>,
+    blocks: AnnouncedBlocks,
+    lists: Lists,
+    ids: Ids,
+    reached: Reached,
+    seen: Seen,
+    tail: Tail,
+}
+
+/// The block list, which comes again in a later section.
+#[derive(Clone, Debug, Default)]
+struct Lists {
     form: ListForm,
     mapped: bool,
     /// A block of a mapped-ram file is not in it.
     leaves_blocks_out: bool,
-    blocks: AnnouncedBlocks,
-    /// The list that is arriving.
-    list: AnnouncedBlocks,
+    arriving: AnnouncedBlocks,
+    /// One has come.
     listed: bool,
-    ram_id: Option<u32>,
-    bitmap_id: Option<u32>,
+}
+
+/// Ids of the sections that come in several parts.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ids {
+    ram: Option<u32>,
+    bitmap: Option<u32>,
+}
+
+/// What has come, and decides what may follow.
+#[derive(Clone, Copy, Debug, Default)]
+struct Reached {
     /// A section has ended, so it is known whether there are footers.
     footers_known: bool,
     /// A barrier record was in the open START.
@@ -48,8 +68,6 @@ pub struct IncomingStream {
     pages_began: bool,
     /// A package was received: what follows is postcopy.
     postcopy: bool,
-    seen: Seen,
-    tail: Tail,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -110,18 +128,10 @@ impl IncomingStream {
             open: Open { phase: Phase::Full, id: 0, kind: SectionKind::Ram },
             position: 0,
             configuration: None,
-            form: ListForm::default(),
-            mapped: false,
-            leaves_blocks_out: false,
             blocks: AnnouncedBlocks::default(),
-            list: AnnouncedBlocks::default(),
-            listed: false,
-            ram_id: None,
-            bitmap_id: None,
-            footers_known: false,
-            barrier: false,
-            pages_began: false,
-            postcopy: false,
+            lists: Lists::default(),
+            ids: Ids::default(),
+            reached: Reached::default(),
             seen: Seen::default(),
             tail: Tail::default(),
         }
@@ -212,7 +222,7 @@ impl IncomingStream {
     /// Id of the ram section, once it has started. A stream that is written again needs an id of its own that does not
     /// occur in the tail.
     pub fn ram_section_id(&self) -> Option<u32> {
-        self.ram_id
+        self.ids.ram
     }
 
     /// What the stream has shown about its sender.
@@ -311,8 +321,8 @@ impl IncomingStream {
             Some(page) => self.check_page_size(page.bytes(), HEADER_LEN)?,
             None => {}
         }
-        self.form.guest_addrs = configuration.has(IGNORE_SHARED);
-        self.mapped = configuration.has(MAPPED_RAM);
+        self.lists.form.guest_addrs = configuration.has(IGNORE_SHARED);
+        self.lists.mapped = configuration.has(MAPPED_RAM);
         self.configuration = Some(configuration.clone());
         self.state = State::Items;
         Ok(Told(HEADER_LEN + used, Event::Configuration(configuration)))
@@ -333,13 +343,13 @@ impl IncomingStream {
             Command::Ping(_) if !self.seen.return_path => {
                 return Err(out_of_order("PING", "the return path has not been opened"));
             }
-            Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps if self.ram_id.is_some() => {
+            Command::PostcopyAdvise { .. } | Command::PostcopyAdviseBitmaps if self.ids.ram.is_some() => {
                 return Err(out_of_order("POSTCOPY_ADVISE", "RAM has started"));
             }
             Command::PostcopyAdvise { target_page, .. } => {
                 self.check_page_size(target_page, 13)?;
                 self.seen.postcopy_advised = true;
-                self.form.host_pages = true;
+                self.lists.form.host_pages = true;
             }
             Command::Packaged { size } => self.package(size)?,
             Command::SwitchoverStart => self.seen.switchover_start = true,
@@ -357,10 +367,10 @@ impl IncomingStream {
                 Fault::Limit { what, value: size.into(), limit: limit.into() },
             ));
         }
-        if !self.seen.postcopy_advised || self.postcopy {
+        if !self.seen.postcopy_advised || self.reached.postcopy {
             return Err(out_of_order("PACKAGED", "postcopy was not advised, or a package has come"));
         }
-        self.postcopy = true;
+        self.reached.postcopy = true;
         self.state = State::Package { left: size };
         Ok(())
     }

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod bytes;
+
 use super::super::super::error::{Corrupt, DecodeError, Fault};
 use super::super::super::xbzrle::XbzrleFault;
 use super::super::blocks::{BlockAnnouncement, encode_block_list};
@@ -12,144 +14,13 @@ use super::super::section::{self, Phase, SectionName};
 use super::*;
 use crate::ram::BlockName;
 use crate::units::{BlockIndex, BlockOffset, GuestAddr};
+use bytes::{Bytes, Told, at, block, run_with};
 
 const RAM: u32 = 0x77;
 const PAGE: usize = 4096;
 
 /// Name of the case, a valid beginning, what is appended to it, and the fault with its offset in the appended bytes.
 type Case = (&'static str, Bytes, Box<dyn FnOnce(Bytes) -> Bytes>, (u64, Fault));
-
-/// A stream in the making.
-struct Bytes(Vec<u8>);
-
-impl Bytes {
-    fn new() -> Self {
-        Self::of(&Configuration { machine: "none".into(), ..Configuration::default() })
-    }
-
-    fn of(configuration: &Configuration) -> Self {
-        let mut out = Vec::new();
-        encode_header(&mut out);
-        encode_configuration(configuration, &mut out);
-        Self(out)
-    }
-
-    /// Header, START with a block `ram` of four pages and `vga` of one, and its end.
-    fn started() -> Self {
-        Self::new().start().list(&[block("ram", 4), block("vga", 1)]).eos()
-    }
-
-    fn raw(mut self, bytes: &[u8]) -> Self {
-        self.0.extend_from_slice(bytes);
-        self
-    }
-
-    fn item(mut self, write: impl FnOnce(&mut Vec<u8>)) -> Self {
-        write(&mut self.0);
-        self
-    }
-
-    fn head(self, phase: Phase, id: u32, idstr: &str, version: u32) -> Self {
-        let name = SectionName { id, idstr, instance: 0, version };
-        self.item(|out| match phase {
-            Phase::Full => section::encode_full(&name, out),
-            _ => section::encode_start(&name, out),
-        })
-    }
-
-    fn start(self) -> Self {
-        self.head(Phase::Start, RAM, IDSTR, 4)
-    }
-
-    fn part(self) -> Self {
-        self.item(|out| section::encode_part(RAM, out))
-    }
-
-    fn end(self) -> Self {
-        self.item(|out| section::encode_end(RAM, out))
-    }
-
-    fn list(self, blocks: &[BlockAnnouncement]) -> Self {
-        self.item(|out| encode_block_list(blocks, out))
-    }
-
-    fn record(self, record: Record<'_>) -> Self {
-        self.item(|out| record.encode(out))
-    }
-
-    fn zero(self, block: Option<&str>, offset: u64) -> Self {
-        self.record(Record::Zero { at: at(block, offset), fill: 0 })
-    }
-
-    fn footer(self, id: u32) -> Self {
-        self.item(|out| section::encode_footer(id, out))
-    }
-
-    fn eos(self) -> Self {
-        self.raw(&EOS_RECORD).footer(RAM)
-    }
-
-    fn command(self, command: Command<'_>) -> Self {
-        self.item(|out| command.encode(out))
-    }
-
-    /// A device section, the end of file and a description that fits.
-    fn devices(self) -> Self {
-        let json = br#"{"devices": [{"name": "timer", "instance_id": 0, "size": 3}]}"#;
-        let this = self.head(Phase::Full, 9, "timer", 1).raw(b"abc").footer(9);
-        this.item(section::encode_eof).item(|out| section::encode_vm_description(json, out))
-    }
-}
-
-fn block(name: &str, pages: u64) -> BlockAnnouncement {
-    let name = BlockName::new(name).unwrap();
-    BlockAnnouncement { name, used_length: pages * PAGE as u64, host_page: None, guest_addr: None }
-}
-
-fn at(block: Option<&str>, offset: u64) -> PageAt<'_> {
-    PageAt { block, offset: BlockOffset(offset) }
-}
-
-/// Events of a run over a whole stream.
-#[derive(Debug, Default)]
-struct Told {
-    trace: Vec<String>,
-    done: bool,
-}
-
-fn run_with(config: IncomingConfig, bytes: &[u8]) -> Result<(Told, IncomingStream), Corrupt> {
-    let mut stream = IncomingStream::new(config);
-    let (mut at, mut told) = (0, Told::default());
-    loop {
-        match stream.next(&bytes[at..]) {
-            Ok(Step::Event { consumed, event }) => {
-                at += consumed;
-                told.done |= event == Event::Done;
-                if told.done {
-                    return Ok((told, stream));
-                }
-                told.trace.push(match event {
-                    Event::Page { block, offset, .. } => format!("page {}:{offset}", block.0),
-                    Event::Zero { block, offset } => format!("zero {}:{offset}", block.0),
-                    Event::Filled { block, offset, byte } => format!("fill {}:{offset} {byte}", block.0),
-                    Event::SectionStart { phase, kind, .. } => format!("{phase:?} {kind:?}"),
-                    Event::RecordsEnd => "EOS".into(),
-                    Event::SectionEnd { .. } => "end".into(),
-                    Event::Command(command) => command.name().into(),
-                    Event::TailBytes(bytes) => format!("tail {}", bytes.len()),
-                    Event::SectionBytes(bytes) => format!("bytes {}", bytes.len()),
-                    Event::PackageBytes(bytes) => format!("package {}", bytes.len()),
-                    Event::Blocks(blocks) => format!("blocks {}", blocks.len()),
-                    Event::Configuration(configuration) => configuration.machine,
-                    other => format!("{other:?}"),
-                });
-            }
-            Ok(Step::NeedMore { .. }) => return Ok((told, stream)),
-            Err(DecodeError::Corrupt(corrupt)) => return Err(corrupt),
-            Err(truncated) => panic!("{truncated}"),
-        }
-    }
-}
 
 fn run(bytes: &Bytes) -> Result<(Told, IncomingStream), Corrupt> {
     run_with(IncomingConfig::default(), &bytes.0)

@@ -16,12 +16,12 @@ impl IncomingStream {
     pub(super) fn record<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
         let (record, head) = decode_record(input, self.page)?;
         match record {
-            Record::Page(at) if !self.mapped => {
+            Record::Page(at) if !self.lists.mapped => {
                 let (block, offset) = self.locate(at)?;
                 let (bytes, used) = payload(input, head, self.page.bytes() as usize)?;
                 Ok(Told(used, Event::Page { block, offset, bytes }))
             }
-            Record::Zero { at, fill: 0 } if !self.mapped => {
+            Record::Zero { at, fill: 0 } if !self.lists.mapped => {
                 let (block, offset) = self.locate(at)?;
                 Ok(Told(head, Event::Zero { block, offset }))
             }
@@ -52,13 +52,13 @@ impl IncomingStream {
     }
 
     fn rare_record<'a>(&mut self, input: &'a [u8], record: Record<'a>, head: usize) -> Advance<'a> {
-        if self.mapped && !matches!(record, Record::Eos | Record::MemSize { .. }) {
+        if self.lists.mapped && !matches!(record, Record::Eos | Record::MemSize { .. }) {
             return Err(out_of_order(
                 "a RAM record",
                 "under mapped-ram pages stand in the file, not in records",
             ));
         }
-        if self.postcopy && matches!(record, Record::Xbzrle { .. } | Record::MemSize { .. }) {
+        if self.reached.postcopy && matches!(record, Record::Xbzrle { .. } | Record::MemSize { .. }) {
             return Err(out_of_order(
                 "this RAM record",
                 "the guest has moved, only whole and zero pages may follow",
@@ -69,7 +69,7 @@ impl IncomingStream {
                 if self.open.phase == Phase::Start {
                     // A second START, which repeats the first, must not clear what the first has shown.
                     let before = self.seen.barrier_in_start.unwrap_or(false);
-                    self.seen.barrier_in_start = Some(before || self.barrier);
+                    self.seen.barrier_in_start = Some(before || self.reached.barrier);
                 }
                 self.state = State::Footer;
                 Ok(Told(head, Event::RecordsEnd))
@@ -93,7 +93,7 @@ impl IncomingStream {
             }
             Record::MemSize { total } => self.mem_size(total, head),
             Record::MultifdFlush => {
-                self.barrier = true;
+                self.reached.barrier = true;
                 Ok(Told(head, Event::MultifdFlush))
             }
             Record::Hook { argument } if self.config.accept_hooks => Ok(Told(head, Event::Hook { argument })),
@@ -113,18 +113,18 @@ impl IncomingStream {
         if total > limit {
             return Err(DecodeError::corrupt(0, Fault::TooMuchRam { announced: total, limit }));
         }
-        self.list = AnnouncedBlocks::default();
+        self.lists.arriving = AnnouncedBlocks::default();
         self.state = State::List { remaining: total };
         Ok(Quiet(used))
     }
 
     pub(super) fn list_entry<'a>(&mut self, input: &'a [u8], remaining: u64) -> Advance<'a> {
-        let (block, used) = decode_block(input, self.form, remaining, self.page)?;
+        let (block, used) = decode_block(input, self.lists.form, remaining, self.page)?;
         let remaining = remaining - block.used_length;
-        if self.mapped {
+        if self.lists.mapped {
             return self.mapped_block(input, block, used, remaining);
         }
-        self.list.push(block).map_err(|fault| DecodeError::corrupt(0, fault))?;
+        self.lists.arriving.push(block).map_err(|fault| DecodeError::corrupt(0, fault))?;
         self.state = State::List { remaining };
         Ok(Quiet(used))
     }
@@ -141,28 +141,28 @@ impl IncomingStream {
         let (header, used) =
             decode_mapped_header(rest, name, self.page).map_err(|error| error.shifted(at))?;
         let here = self.config.starts_at.saturating_add(self.position + (at + used) as u64);
-        let left = if self.form.guest_addrs && header.is_absent() {
-            self.leaves_blocks_out = true;
+        let left = if self.lists.form.guest_addrs && header.is_absent() {
+            self.lists.leaves_blocks_out = true;
             0
         } else {
             let end = header.end(name, block.used_length, here, self.config.file_len);
             end.map_err(|error| error.shifted(at))? - here
         };
-        self.list.push(block.clone()).map_err(|fault| DecodeError::corrupt(0, fault))?;
+        self.lists.arriving.push(block.clone()).map_err(|fault| DecodeError::corrupt(0, fault))?;
         self.state = State::Mapped { left, remaining };
         Ok(Told(at + used, Event::MappedBlock { block, header }))
     }
 
     pub(super) fn list_end<'a>(&mut self) -> Advance<'a> {
-        if self.listed && self.list.as_slice() != self.blocks.as_slice() {
+        if self.lists.listed && self.lists.arriving.as_slice() != self.blocks.as_slice() {
             return Err(DecodeError::corrupt(0, Fault::BlockListChanged));
         }
-        if self.mapped && self.form.guest_addrs && !self.leaves_blocks_out {
+        if self.lists.mapped && self.lists.form.guest_addrs && !self.lists.leaves_blocks_out {
             return Err(DecodeError::corrupt(0, Fault::MappedRamShared));
         }
-        if !self.listed {
-            self.blocks = std::mem::take(&mut self.list);
-            self.listed = true;
+        if !self.lists.listed {
+            self.blocks = std::mem::take(&mut self.lists.arriving);
+            self.lists.listed = true;
         }
         self.state = State::Records;
         Ok(Told(0, Event::Blocks(self.blocks.as_slice().to_vec())))

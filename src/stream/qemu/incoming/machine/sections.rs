@@ -19,10 +19,10 @@ impl IncomingStream {
             Item::Part(id) => self.part(Phase::Part, id, used),
             Item::End(id) => self.part(Phase::End, id, used),
             Item::Full(name) => self.full(name, used),
-            Item::Eof if self.seen.barrier_in_start.is_none() && !self.postcopy => {
+            Item::Eof if self.seen.barrier_in_start.is_none() && !self.reached.postcopy => {
                 Err(out_of_order("the end of the stream", "RAM has not been announced"))
             }
-            Item::Eof if self.postcopy => {
+            Item::Eof if self.reached.postcopy => {
                 self.state = State::Done;
                 Ok(Told(used, Event::Eof))
             }
@@ -54,37 +54,37 @@ impl IncomingStream {
             let fault = Fault::Version { name: name.idstr.into(), found: name.version, supported };
             return Err(DecodeError::corrupt(used - 4, fault));
         }
-        if self.seen.ram_end || self.postcopy {
+        if self.seen.ram_end || self.reached.postcopy {
             return Err(out_of_order("START", "RAM is complete or the guest has moved"));
         }
-        let other = if kind == SectionKind::Ram { self.bitmap_id } else { self.ram_id };
+        let other = if kind == SectionKind::Ram { self.ids.bitmap } else { self.ids.ram };
         if other == Some(name.id) {
             return Err(DecodeError::corrupt(1, Fault::SectionIdTaken { id: name.id }));
         }
-        let slot = if kind == SectionKind::Ram { &mut self.ram_id } else { &mut self.bitmap_id };
+        let slot = if kind == SectionKind::Ram { &mut self.ids.ram } else { &mut self.ids.bitmap };
         *slot = Some(name.id);
-        self.barrier = false;
+        self.reached.barrier = false;
         Ok(self.open(Phase::Start, name.id, kind, used))
     }
 
     fn part<'a>(&mut self, phase: Phase, id: u32, used: usize) -> Advance<'a> {
         let kind = match Some(id) {
-            known if known == self.ram_id => SectionKind::Ram,
-            known if known == self.bitmap_id => SectionKind::DirtyBitmap,
+            known if known == self.ids.ram => SectionKind::Ram,
+            known if known == self.ids.bitmap => SectionKind::DirtyBitmap,
             _ => return Err(DecodeError::corrupt(1, Fault::UnknownSection { id })),
         };
         if kind == SectionKind::Ram {
             if self.seen.ram_end {
                 return Err(out_of_order("a ram section", "ram END has come"));
             }
-            self.pages_began = true;
+            self.reached.pages_began = true;
         }
         Ok(self.open(phase, id, kind, used))
     }
 
     fn full<'a>(&mut self, name: SectionName<'a>, used: usize) -> Advance<'a> {
-        let started = self.seen.barrier_in_start.is_some() && !self.postcopy;
-        if started && !self.pages_began && is_early_virtio_mem(name.idstr) {
+        let started = self.seen.barrier_in_start.is_some() && !self.reached.postcopy;
+        if started && !self.reached.pages_began && is_early_virtio_mem(name.idstr) {
             return Ok(self.open(Phase::Full, name.id, SectionKind::EarlyVirtioMem, used));
         }
         if started && self.seen.ram_end && name.idstr == STATE_SECTION {
@@ -94,7 +94,7 @@ impl IncomingStream {
             }
             return Ok(self.open(Phase::Full, name.id, SectionKind::NativeState, used));
         }
-        if started && self.pages_began {
+        if started && self.reached.pages_began {
             return Ok(self.quietly(State::Tail));
         }
         let fault = Fault::UnknownIterable { idstr: name.idstr.into(), instance: name.instance };
@@ -114,11 +114,11 @@ impl IncomingStream {
 
     pub(super) fn footer<'a>(&mut self, input: &'a [u8]) -> Advance<'a> {
         let Open { phase, id, kind } = self.open;
-        if !self.footers_known {
+        if !self.reached.footers_known {
             let Some(&first) = input.first() else {
                 return Err(DecodeError::Truncated { needed: 1, have: 0 });
             };
-            self.footers_known = true;
+            self.reached.footers_known = true;
             // No item begins with this byte, so it shows whether there are footers.
             self.seen.framing.footers = first == FOOTER;
             self.tail = Tail::new(self.seen.framing);
