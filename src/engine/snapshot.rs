@@ -64,6 +64,39 @@ enum Resume {
     Over,
 }
 
+/// What was done to the guest.
+#[derive(Debug, Default)]
+struct Guest {
+    armed: bool,
+    paused: bool,
+}
+
+/// What the embedder wants.
+#[derive(Debug)]
+struct Requests {
+    calling: Option<Call>,
+    resume: Resume,
+    abandoned: bool,
+}
+
+/// The pages of the moment.
+#[derive(Debug, Default)]
+struct Copies {
+    /// To be copied.
+    pending: PageSet,
+    cursor: Cursor,
+    /// Copied, and still protected.
+    copied: Option<PageRun>,
+}
+
+/// Where copies go.
+#[derive(Debug)]
+struct Room {
+    slots: u64,
+    trays: u64,
+    starved_since: Option<Duration>,
+}
+
 /// The state of a snapshot.
 #[derive(Debug)]
 pub struct SnapshotEngine {
@@ -72,22 +105,13 @@ pub struct SnapshotEngine {
     /// The requested action that is not answered yet.
     doing: Option<SnapshotAction>,
     ending: Option<SnapshotOutcome>,
-    armed: bool,
-    paused: bool,
-    calling: Option<Call>,
-    resume: Resume,
-    abandoned: bool,
-    /// To be copied.
-    pending: PageSet,
-    cursor: Cursor,
+    guest: Guest,
+    asked: Requests,
+    copies: Copies,
     ahead: Ahead,
     /// Host pages that threads wait for, since when.
     faults: VecDeque<(Duration, PageRun)>,
-    /// Copied, and still protected.
-    copied: Option<PageRun>,
-    slots: u64,
-    trays: u64,
-    starved_since: Option<Duration>,
+    room: Room,
     now: Duration,
     figures: SnapshotFigures,
     #[cfg(test)]
@@ -112,19 +136,12 @@ impl SnapshotEngine {
             phase: Phase::Idle,
             doing: None,
             ending: None,
-            armed: false,
-            paused: false,
-            calling: None,
-            resume: Resume::NotAsked,
-            abandoned: false,
-            pending: PageSet::default(),
-            cursor: Cursor::default(),
+            guest: Guest::default(),
+            asked: Requests { calling: None, resume: Resume::NotAsked, abandoned: false },
+            copies: Copies::default(),
             ahead: Ahead::default(),
             faults: VecDeque::new(),
-            copied: None,
-            slots: config.slots,
-            trays: config.trays,
-            starved_since: None,
+            room: Room { slots: config.slots, trays: config.trays, starved_since: None },
             now: Duration::ZERO,
             figures: SnapshotFigures::default(),
             config,
@@ -155,7 +172,7 @@ impl SnapshotEngine {
 
     /// When to call again with [`SnapshotEvent::Time`], if nothing else happens.
     pub fn wake_at(&self) -> Option<Duration> {
-        Some(self.starved_since? + self.config.stall_timeout)
+        Some(self.room.starved_since? + self.config.stall_timeout)
     }
 
     /// Takes an event, at any time.
@@ -172,10 +189,10 @@ impl SnapshotEngine {
                 self.faults.push_back((now, run));
             }
             SnapshotEvent::Freed(place) => {
-                self.starved_since = None;
+                self.room.starved_since = None;
                 match place {
-                    Place::Slot => self.slots = self.config.slots.min(self.slots + 1),
-                    Place::Tray => self.trays = self.config.trays.min(self.trays + 1),
+                    Place::Slot => self.room.slots = self.config.slots.min(self.room.slots + 1),
+                    Place::Tray => self.room.trays = self.config.trays.min(self.room.trays + 1),
                 }
             }
             SnapshotEvent::Returned { done } => self.returned(done),
@@ -211,11 +228,11 @@ impl SnapshotEngine {
         };
         match action {
             // From here on, whether it succeeds or not.
-            SnapshotAction::Arm => self.armed = true,
-            SnapshotAction::Pause => self.paused = true,
-            SnapshotAction::Resume => self.resume = Resume::UnderWay,
-            SnapshotAction::Copy { place: Place::Slot, .. } => self.slots -= 1,
-            SnapshotAction::Copy { place: Place::Tray, .. } => self.trays -= 1,
+            SnapshotAction::Arm => self.guest.armed = true,
+            SnapshotAction::Pause => self.guest.paused = true,
+            SnapshotAction::Resume => self.asked.resume = Resume::UnderWay,
+            SnapshotAction::Copy { place: Place::Slot, .. } => self.room.slots -= 1,
+            SnapshotAction::Copy { place: Place::Tray, .. } => self.room.trays -= 1,
             // This action gets no answer.
             SnapshotAction::Finish(_) => return Some(action),
             _ => {}
@@ -228,14 +245,14 @@ impl SnapshotEngine {
     fn end(&mut self, outcome: SnapshotOutcome) {
         if self.phase != Phase::Ended {
             self.ending.get_or_insert(outcome);
-            self.starved_since = None;
+            self.room.starved_since = None;
         }
     }
 
     /// Pages that may hold something: to be protected, and to be copied.
     fn found(&mut self, pages: &PageSet) {
-        if self.pending.blocks() == 0 {
-            self.pending = pages.clone();
+        if self.copies.pending.blocks() == 0 {
+            self.copies.pending = pages.clone();
             self.ahead.open = pages.clone();
             return;
         }
@@ -244,7 +261,7 @@ impl SnapshotEngine {
             return;
         }
         for run in pages.runs() {
-            self.pending.add(run);
+            self.copies.pending.add(run);
             self.ahead.open.add(run);
         }
     }

@@ -8,10 +8,10 @@ use crate::ram::PageRun;
 impl SnapshotEngine {
     /// A call of the guest is over.
     pub(super) fn returned(&mut self, done: bool) {
-        let Some(call) = self.calling.take() else { return };
+        let Some(call) = self.asked.calling.take() else { return };
         if call == Call::Resume {
-            self.resume = Resume::Over;
-            self.paused &= !done;
+            self.asked.resume = Resume::Over;
+            self.guest.paused &= !done;
         }
         if !done {
             self.end(SnapshotOutcome::Failed);
@@ -28,11 +28,11 @@ impl SnapshotEngine {
         let Some(action) = self.doing.take() else { return };
         match action {
             SnapshotAction::Disarm => {
-                self.armed = false;
+                self.guest.armed = false;
                 self.faults.clear();
             }
-            SnapshotAction::Abandon => self.abandoned = true,
-            SnapshotAction::Resume if !done => self.resume = Resume::Over,
+            SnapshotAction::Abandon => self.asked.abandoned = true,
+            SnapshotAction::Resume if !done => self.asked.resume = Resume::Over,
             _ => {}
         }
         if !done {
@@ -40,7 +40,7 @@ impl SnapshotEngine {
         }
         self.phase = match action {
             SnapshotAction::Open => self.phase_after_opening(),
-            SnapshotAction::Track if self.resume == Resume::NotAsked => Phase::Arming,
+            SnapshotAction::Track if self.asked.resume == Resume::NotAsked => Phase::Arming,
             SnapshotAction::Track => self.behind_everything(),
             SnapshotAction::Arm => {
                 self.ahead.begin(self.now);
@@ -79,7 +79,7 @@ impl SnapshotEngine {
     }
 
     fn calls(&mut self, call: Call) -> Phase {
-        self.calling = Some(call);
+        self.asked.calling = Some(call);
         self.phase
     }
 
@@ -130,7 +130,7 @@ impl SnapshotEngine {
         if self.is_broken(SnapshotBreakage::CloseUnresumed) {
             return Phase::Closing;
         }
-        if self.resume == Resume::Over { Phase::Closing } else { Phase::Waiting }
+        if self.asked.resume == Resume::Over { Phase::Closing } else { Phase::Waiting }
     }
 
     /// Order: protection is lifted only from pages that are copied.
@@ -138,23 +138,23 @@ impl SnapshotEngine {
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::CopyTwice) && self.faults.iter().any(|(_, waited)| *waited == run)
         {
-            self.copied = Some(run);
+            self.copies.copied = Some(run);
             return;
         }
-        self.pending.remove(run);
+        self.copies.pending.remove(run);
         #[cfg(test)]
         if self.is_broken(SnapshotBreakage::LiftFirst) {
             return;
         }
-        self.copied = Some(run);
+        self.copies.copied = Some(run);
     }
 
     fn lifted(&mut self, run: PageRun) {
-        if self.copied == Some(run) {
-            self.copied = None;
+        if self.copies.copied == Some(run) {
+            self.copies.copied = None;
         }
         if self.is_before_the_moment() {
-            self.ahead.opened(&self.pending, run);
+            self.ahead.opened(&self.copies.pending, run);
             #[cfg(test)]
             if self.is_broken(SnapshotBreakage::LeaveOpen) {
                 self.ahead.open.remove(run);

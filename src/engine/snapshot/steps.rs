@@ -57,7 +57,7 @@ impl SnapshotEngine {
         let (_, waited) = self.faults.front()?;
         let size = self.config.lift_pages;
         let first = waited.first.0 / size * size;
-        let pages = match self.pending.block(waited.block) {
+        let pages = match self.copies.pending.block(waited.block) {
             Some(block) if waited.end().0 <= block.len() => block.len().min(first + size) - first,
             _ => return Some(SnapshotAction::Lift { run: *waited }),
         };
@@ -65,17 +65,17 @@ impl SnapshotEngine {
     }
 
     fn unless_called(&self, action: SnapshotAction) -> Option<SnapshotAction> {
-        self.calling.is_none().then_some(action)
+        self.asked.calling.is_none().then_some(action)
     }
 
     /// Protection of the copied pages is lifted first; next are the pages that threads wait for, then the next in
     /// order.
     fn next_page(&mut self) -> Option<SnapshotAction> {
-        if let Some(run) = self.copied {
+        if let Some(run) = self.copies.copied {
             return Some(SnapshotAction::Lift { run });
         }
         if let Some((_, run)) = self.faults.front().copied() {
-            if !self.pending.touches(run) {
+            if !self.copies.pending.touches(run) {
                 return Some(SnapshotAction::Lift { run });
             }
             #[cfg(test)]
@@ -83,24 +83,24 @@ impl SnapshotEngine {
                 return Some(SnapshotAction::Lift { run });
             }
             let place = match run.pages {
-                1 if self.slots > 0 => Some(Place::Slot),
-                _ => (self.trays > 0).then_some(Place::Tray),
+                1 if self.room.slots > 0 => Some(Place::Slot),
+                _ => (self.room.trays > 0).then_some(Place::Tray),
             };
             return self.unless_starved(place.map(|place| SnapshotAction::Copy { run, place }));
         }
-        let Some(run) = self.cursor.next(&self.pending, self.config.tray_pages) else {
+        let Some(run) = self.copies.cursor.next(&self.copies.pending, self.config.tray_pages) else {
             self.phase = Phase::Disarming;
             return Some(SnapshotAction::Disarm);
         };
         // A quarter of the trays is left to writers.
-        let free = self.trays > self.config.trays / 4;
+        let free = self.room.trays > self.config.trays / 4;
         self.unless_starved(free.then_some(SnapshotAction::Copy { run, place: Place::Tray }))
     }
 
     fn unless_starved(&mut self, action: Option<SnapshotAction>) -> Option<SnapshotAction> {
         match action {
-            Some(_) => self.starved_since = None,
-            None => _ = self.starved_since.get_or_insert(self.now),
+            Some(_) => self.room.starved_since = None,
+            None => _ = self.room.starved_since.get_or_insert(self.now),
         }
         action
     }
@@ -108,23 +108,23 @@ impl SnapshotEngine {
     /// All protection is lifted first: no thread waits for the steps that follow.
     pub(super) fn undo(&mut self, outcome: SnapshotOutcome) -> Option<SnapshotAction> {
         #[cfg(test)]
-        if self.armed && self.is_broken(SnapshotBreakage::StayProtected) {
-            self.armed = false;
+        if self.guest.armed && self.is_broken(SnapshotBreakage::StayProtected) {
+            self.guest.armed = false;
         }
         #[cfg(test)]
-        if self.is_broken(SnapshotBreakage::StayPaused) && self.resume == Resume::NotAsked {
-            self.paused = false;
+        if self.is_broken(SnapshotBreakage::StayPaused) && self.asked.resume == Resume::NotAsked {
+            self.guest.paused = false;
         }
-        if self.armed {
+        if self.guest.armed {
             return Some(SnapshotAction::Disarm);
         }
-        if self.calling.is_some() {
+        if self.asked.calling.is_some() {
             return None;
         }
-        if self.paused && self.resume == Resume::NotAsked {
+        if self.guest.paused && self.asked.resume == Resume::NotAsked {
             return Some(SnapshotAction::Resume);
         }
-        if !self.abandoned {
+        if !self.asked.abandoned {
             return Some(SnapshotAction::Abandon);
         }
         Some(SnapshotAction::Finish(outcome))

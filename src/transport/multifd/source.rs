@@ -39,31 +39,43 @@ const SENDING: &str = "sending pages on the channels";
 pub struct MultifdLink {
     main: Box<dyn ByteSink>,
     records: InlinePages,
-    queues: Vec<Sender<Work>>,
-    /// The other ends of the queues: what a thread that has ended left there is the guest's again.
-    left: Vec<Receiver<Work>>,
-    threads: Vec<JoinHandle<()>>,
-    done: Receiver<Done>,
-    /// Stops the threads, which outlive the caller's own waits.
-    cancel: CancelToken,
-    style: PeerStyle,
-    style_is_known: bool,
+    threads: Threads,
+    /// The peer's, once it is known.
+    style: Option<PeerStyle>,
     bytes: Arc<AtomicU64>,
     /// Takes the channels' fingerprints of pages, once they are needed.
     prints: Arc<OnceLock<Arc<Fingerprints>>>,
     /// Pages of each channel so far.
     counters: Vec<Arc<PageCounter>>,
     tally: Tally,
+    /// Batches on their way back to the caller.
     finished: Vec<Returned>,
     unsent: Vec<PageBatch>,
     zeros: PageBatch,
-    /// What waits in the channels' queues.
-    waiting: Vec<Queue>,
-    next: usize,
-    active: usize,
+    turn: Turn,
+    tickets: u64,
+}
+
+/// The channels' threads, and what is exchanged with them.
+struct Threads {
+    queues: Vec<Sender<Work>>,
+    /// The other ends of the queues: what a thread that has ended left there is the guest's again.
+    left: Vec<Receiver<Work>>,
+    handles: Vec<JoinHandle<()>>,
+    done: Receiver<Done>,
     /// Batches and SYNCs that were not answered.
     out: usize,
-    tickets: u64,
+    /// Stops the threads, which outlive the caller's own waits.
+    cancel: CancelToken,
+}
+
+/// Which channel gets the next batch.
+struct Turn {
+    next: usize,
+    /// Number of channels that get any.
+    active: usize,
+    /// What waits in the channels' sockets.
+    waiting: Vec<Queue>,
 }
 
 /// Connects `options.count` channels by `open`, which has connected the main one before.
@@ -80,13 +92,15 @@ pub(in crate::transport) fn connect(
     let mut link = MultifdLink {
         main,
         records: InlinePages::new(Arc::clone(&memory)),
-        queues: Vec::new(),
-        left: Vec::new(),
-        threads: Vec::new(),
-        done,
-        cancel: CancelToken::default(),
-        style: PeerStyle::QEMU_7_2,
-        style_is_known: false,
+        threads: Threads {
+            queues: Vec::new(),
+            left: Vec::new(),
+            handles: Vec::new(),
+            done,
+            out: 0,
+            cancel: CancelToken::default(),
+        },
+        style: None,
         bytes: Arc::default(),
         prints: Arc::default(),
         counters: channels.iter().map(|_| Arc::default()).collect(),
@@ -94,10 +108,14 @@ pub(in crate::transport) fn connect(
         finished: Vec::new(),
         unsent: Vec::new(),
         zeros: PageBatch::default(),
-        waiting: channels.iter().map(StreamChannel::queue).collect(),
-        next: 0,
-        active: options.active.unwrap_or_else(|| default_active(&channels)).clamp(1, channels.len().max(1)),
-        out: 0,
+        turn: Turn {
+            next: 0,
+            active: options
+                .active
+                .unwrap_or_else(|| default_active(&channels))
+                .clamp(1, channels.len().max(1)),
+            waiting: channels.iter().map(StreamChannel::queue).collect(),
+        },
         tickets: 0,
     };
     let packets = Arc::new(AtomicU64::new(0));
@@ -118,34 +136,38 @@ pub(in crate::transport) fn connect(
             prints: Arc::clone(&prints),
             work: work.clone(),
             done: give.clone(),
-            stop: Stop::on(&link.cancel),
+            stop: Stop::on(&link.threads.cancel),
         };
         let job = placement.keep(id.into(), Box::new(move || sender.run()));
         let started = (options.spawn)("ramwire-chan-tx", job);
         let doing = "starting the thread of a page channel";
         let started = started.map_err(|source| ChannelError::Io { peer, doing, source });
-        link.threads.push(started.map_err(OpenError::Channel)?);
-        link.queues.push(queue);
-        link.left.push(work);
+        link.threads.handles.push(started.map_err(OpenError::Channel)?);
+        link.threads.queues.push(queue);
+        link.threads.left.push(work);
     }
     Ok(link)
 }
 
 impl MultifdLink {
+    fn style(&self) -> PeerStyle {
+        self.style.unwrap_or(PeerStyle::QEMU_7_2)
+    }
+
     /// Takes an answer of a channel.
     fn take(&mut self, done: Done) -> Result<(), MoveError> {
         match done {
             Done::Sent(returned) => {
-                self.out -= 1;
+                self.threads.out -= 1;
                 self.finished.push(returned);
                 Ok(())
             }
             Done::Synced => {
-                self.out -= 1;
+                self.threads.out -= 1;
                 Ok(())
             }
             Done::Unsent(batch) => {
-                self.out -= 1;
+                self.threads.out -= 1;
                 self.unsent.push(batch);
                 Ok(())
             }
@@ -156,7 +178,7 @@ impl MultifdLink {
     /// Waits for the next answer, and not beyond `stop`.
     fn wait(&mut self, stop: &Stop) -> Result<(), MoveError> {
         loop {
-            match self.done.recv_timeout(POLL_INTERVAL) {
+            match self.threads.done.recv_timeout(POLL_INTERVAL) {
                 Ok(done) => return self.take(done),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(gone()),
@@ -170,9 +192,9 @@ impl MultifdLink {
     /// Puts a SYNC at the end of the queue of `channel`; waits for room.
     fn sync(&mut self, channel: usize, stop: &Stop) -> Result<(), MoveError> {
         loop {
-            match self.queues[channel].try_send(Work::Sync) {
+            match self.threads.queues[channel].try_send(Work::Sync) {
                 Ok(()) => {
-                    self.out += 1;
+                    self.threads.out += 1;
                     return Ok(());
                 }
                 Err(TrySendError::Full(_)) => self.wait(stop)?,
@@ -185,12 +207,12 @@ impl MultifdLink {
     fn distribute(&mut self, ticket: Ticket, batch: PageBatch, stop: &Stop) -> Result<(), MoveError> {
         let mut work = Work::Batch(ticket, batch);
         loop {
-            for step in 0..self.active {
-                let channel = (self.next + step) % self.active;
-                match self.queues[channel].try_send(work) {
+            for step in 0..self.turn.active {
+                let channel = (self.turn.next + step) % self.turn.active;
+                match self.threads.queues[channel].try_send(work) {
                     Ok(()) => {
-                        self.next = (channel + 1) % self.active;
-                        self.out += 1;
+                        self.turn.next = (channel + 1) % self.turn.active;
+                        self.threads.out += 1;
                         return Ok(());
                     }
                     Err(TrySendError::Full(back)) => work = back,
@@ -222,28 +244,28 @@ impl MultifdLink {
     }
 
     fn stop_threads(&mut self) {
-        self.cancel.cancel();
-        self.queues.clear();
-        for thread in self.threads.drain(..) {
+        self.threads.cancel.cancel();
+        self.threads.queues.clear();
+        for thread in self.threads.handles.drain(..) {
             // A panic there has closed its connection, which the peer notices.
             let _ = thread.join();
         }
-        while let Ok(done) = self.done.try_recv() {
+        while let Ok(done) = self.threads.done.try_recv() {
             // Why one failed was reported when it did, or is no longer of interest.
             let _ = self.take(done);
         }
-        for work in std::mem::take(&mut self.left).iter().flat_map(Receiver::try_iter) {
+        for work in std::mem::take(&mut self.threads.left).iter().flat_map(Receiver::try_iter) {
             self.keep(work);
         }
     }
 }
 
-/// A thread has ended without a word of its own.
 /// The embedder's code ended the work of a channel's thread.
 pub(super) fn panicked(Caught { during, text }: Caught) -> MoveError {
     MoveError::Panicked { during, text }
 }
 
+/// A thread has ended and has reported nothing.
 pub(super) fn gone() -> MoveError {
     let source = std::io::Error::other("the thread of a page channel has ended");
     ChannelError::Io { peer: "page channels".into(), doing: SENDING, source }.into()
@@ -254,14 +276,14 @@ impl crate::transport::Sealed for MultifdLink {}
 impl SourceLink for MultifdLink {
     fn abilities(&self) -> MoverAbilities {
         MoverAbilities {
-            classifies: self.style.zero_pages == ZeroPageStyle::Multifd,
+            classifies: self.style().zero_pages == ZeroPageStyle::Multifd,
             takes_deltas: false,
             exclusive_round: false,
             confirms_placement: false,
             ordered: false,
             registers_memory: false,
             serves_reads: false,
-            batches_in_flight: (self.active * (QUEUED + 1)) as u32,
+            batches_in_flight: (self.turn.active * (QUEUED + 1)) as u32,
             batch_pages: BATCH_PAGES,
         }
     }
@@ -275,7 +297,7 @@ impl SourceLink for MultifdLink {
     }
 
     fn unacknowledged(&mut self) -> u64 {
-        self.main.unacknowledged() + self.waiting.iter().map(Queue::bytes).sum::<u64>()
+        self.main.unacknowledged() + self.turn.waiting.iter().map(Queue::bytes).sum::<u64>()
     }
 
     fn page_channels(&self) -> u8 {
@@ -283,7 +305,7 @@ impl SourceLink for MultifdLink {
     }
 
     fn has_room(&self) -> bool {
-        self.queues.iter().take(self.active).any(|queue| !queue.is_full())
+        self.threads.queues.iter().take(self.turn.active).any(|queue| !queue.is_full())
     }
 
     fn sent_pages(&self) -> Vec<PageCounts> {
@@ -301,8 +323,7 @@ impl SourceLink for MultifdLink {
 
     fn set_peer_style(&mut self, style: Option<PeerStyle>) -> Result<(), MoveError> {
         let Some(style) = style else { return Err(MoveError::UnknownStyle) };
-        self.style = style;
-        self.style_is_known = true;
+        self.style = Some(style);
         Ok(())
     }
 
@@ -311,7 +332,7 @@ impl SourceLink for MultifdLink {
     }
 
     fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
-        if self.style_is_known { Ok(()) } else { Err(MoveError::UnknownStyle) }
+        if self.style.is_some() { Ok(()) } else { Err(MoveError::UnknownStyle) }
     }
 
     fn offer(&mut self, batch: PageBatch, stop: &Stop) -> Result<Offer, MoveError> {
@@ -332,7 +353,7 @@ impl SourceLink for MultifdLink {
     }
 
     fn collect(&mut self, out: &mut Vec<Returned>) -> Result<(), MoveError> {
-        while let Ok(done) = self.done.try_recv() {
+        while let Ok(done) = self.threads.done.try_recv() {
             self.take(done)?;
         }
         out.append(&mut self.finished);
@@ -342,23 +363,23 @@ impl SourceLink for MultifdLink {
     /// A SYNC is sent after everything else on each channel; the barrier on main is a record of its own or, for older
     /// peers, the end of the section that the session writes next.
     fn close_round(&mut self, _kind: RoundKind, stop: &Stop) -> Result<(), MoveError> {
-        for channel in 0..self.queues.len() {
+        for channel in 0..self.threads.queues.len() {
             self.sync(channel, stop)?;
         }
-        if self.style.barrier == BarrierStyle::PerRound {
+        if self.style().barrier == BarrierStyle::PerRound {
             let mut flush = Vec::new();
             Record::MultifdFlush.encode(&mut flush);
             self.main.send(&[SendPart::Own(&flush)], stop)?;
         }
         // Not for the order, which the barrier keeps: a round's figures are its own, and no page stays lent.
-        while self.out > 0 {
+        while self.threads.out > 0 {
             self.wait(stop)?;
         }
         Ok(())
     }
 
     fn drain(&mut self, stop: &Stop) -> Result<(), MoveError> {
-        while self.out > 0 {
+        while self.threads.out > 0 {
             self.wait(stop)?;
         }
         Ok(self.main.flush(stop)?)
@@ -366,7 +387,7 @@ impl SourceLink for MultifdLink {
 
     /// A QEMU from 10.0 on must be able to check that an encrypted channel was not cut off.
     fn close(&mut self, _stop: &Stop) -> Result<(), MoveError> {
-        for queue in &self.queues {
+        for queue in &self.threads.queues {
             // One that has no room has not sent all, and one that has ended nothing to end.
             let _ = queue.try_send(Work::End);
         }
