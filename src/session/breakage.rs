@@ -111,6 +111,8 @@ pub(super) enum Breakage {
     KeepOldChannels,
     /// After a lost connection the source takes pages for received that a NIC was to write, and has not confirmed.
     TrustPosted,
+    /// After a lost connection the source takes pages for received whose writes its NIC has completed.
+    TrustCompleted,
     /// Order 8: the destination goes on over another connection while the old one's keys are valid.
     KeepOldKeys,
     /// The destination keeps the device state that came before a lost connection.
@@ -188,7 +190,7 @@ impl Breakage {
 
     /// What the simulation of lost connections switches off.
     #[cfg(test)]
-    pub(super) const OF_LOSSES: [Self; 15] = [
+    pub(super) const OF_LOSSES: [Self; 16] = [
         Self::EndUnacknowledged,
         Self::TrustFence,
         Self::ThrottleWithoutConnection,
@@ -203,6 +205,7 @@ impl Breakage {
         Self::KeepOldChannels,
         Self::KeepOldKeys,
         Self::TrustPosted,
+        Self::TrustCompleted,
         Self::CountAtEnd,
     ];
 

@@ -40,6 +40,17 @@ struct Batch {
     bytes: Option<Vec<u8>>,
 }
 
+/// A page that the destination's NIC has acknowledged, and loses if it fails.
+#[derive(Debug)]
+struct Acknowledged {
+    block: u32,
+    page: u64,
+    /// What memory holds without it.
+    before: Vec<u8>,
+    /// Bytes of the stream that were sent before it.
+    behind: u64,
+}
+
 /// The late link's inside.
 #[derive(Debug)]
 pub(super) struct LinkState {
@@ -57,9 +68,13 @@ pub(super) struct LinkState {
     let_go: bool,
     /// The destination's keys are gone.
     revoked: bool,
+    /// Writes that the destination's NIC has acknowledged: they are in memory once its host has read a later message.
+    acknowledged: VecDeque<Acknowledged>,
     finished: Vec<Returned>,
     tickets: u64,
     open: bool,
+    /// Number of rounds that the source has opened.
+    pub(super) opened: u64,
     calls: u64,
     failed: bool,
     last_placed: u64,
@@ -93,9 +108,11 @@ impl LinkState {
             lingers: !plan.losses.is_empty(),
             let_go: false,
             revoked: false,
+            acknowledged: VecDeque::new(),
             finished: Vec::new(),
             tickets: 0,
             open: false,
+            opened: 0,
             calls: 0,
             failed: false,
             last_placed: 0,

@@ -302,6 +302,7 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::KeepOldChannels
         | Breakage::KeepOldKeys
         | Breakage::TrustPosted
+        | Breakage::TrustCompleted
         | Breakage::CountAtEnd
         | Breakage::KeepOldState
         | Breakage::StartWhenResumed => &[],

@@ -67,7 +67,7 @@ impl DestinationLink for SimSource {
             self.sim.enter().world.link.receives = false;
         }
         if able.has_rounds {
-            self.sim.enter().world.link.revoke();
+            self.sim.enter().world.revoke();
         }
     }
 

@@ -102,6 +102,8 @@ fn facts(run: &Run) -> Vec<(&'static str, bool)> {
     // Of the last connection's cache.
     let deltas_go_on = lost.count > 0 && sent.statistics.deltas.cache_size > 0;
     let gave_up = marked(Mark::GaveUp);
+    // The setup is one more.
+    let rounds_opened = 1 + sent.statistics.rounds.len() as u64;
     let paused_twice = sent.statistics.rounds.iter().filter(|round| round.paused).count() > 1;
     vec![
         ("completed after a loss", completed && lost.count > 0),
@@ -122,6 +124,8 @@ fn facts(run: &Run) -> Vec<(&'static str, bool)> {
         ("completed with differences behind a loss", completed && deltas_go_on),
         ("completed, and began with page channels", completed && lost.count > 0 && channels),
         ("completed, and began by RDMA", completed && lost.count > 0 && world.link.has_keys()),
+        ("a fence within a round", world.link.has_keys() && world.link.opened > rounds_opened),
+        ("completed, and a NIC lost what it had acknowledged", completed && marked(Mark::LostAcknowledged)),
         ("completed, and page channels or a NIC were lost alone", completed && marked(Mark::CallFailed)),
         ("a lost page was counted at a fence", matches!(run.arrived.error, Some(Error::LostPages(_)))),
         ("completed, and a lost page was sent again", completed && marked(Mark::Dropped)),

@@ -36,6 +36,8 @@ pub(super) enum Mark {
     Stalled,
     Flipped,
     CallFailed,
+    /// A NIC that has failed for good lost pages that it had acknowledged.
+    LostAcknowledged,
     Panicked,
     Dropped,
     Rude,

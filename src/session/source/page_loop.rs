@@ -32,6 +32,7 @@ impl SourceSession {
                 break;
             }
             self.offer(batch)?;
+            self.fence_within_round()?;
             self.poll_return_path()?;
             if self.driver.is_called() {
                 break;
@@ -110,7 +111,7 @@ impl SourceSession {
         if let Some(unconfirmed) =
             self.pages.unconfirmed.as_mut().filter(|_| self.breakage.is(Breakage::TrustPosted))
         {
-            batch.pieces().iter().for_each(|piece| unconfirmed.placed(piece.run));
+            batch.pieces().iter().for_each(|piece| unconfirmed.trust(piece.run));
         }
         let mut batch = batch;
         loop {
@@ -180,7 +181,9 @@ impl SourceSession {
             debug_assert!(matches!(returned.receipt, Receipt::Released | Receipt::Placed));
             self.figures.counted(&returned.batch);
             found_zero += returned.batch.zero_pages();
-            self.pages.has_placed(&returned);
+            if self.breakage.is(Breakage::TrustCompleted) {
+                self.pages.trust(&returned);
+            }
             self.pages.done_with(returned.batch);
         }
         self.pages.returned = batches;

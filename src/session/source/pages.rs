@@ -145,14 +145,14 @@ impl Pages {
         self.aside.sent
     }
 
-    /// A link has finished with a batch. Whole pages that it has placed are there; zero ones it only sends.
-    pub(super) fn has_placed(&mut self, returned: &Returned) {
+    /// What a link has placed counts as received. For mutants: its completions say less.
+    pub(super) fn trust(&mut self, returned: &Returned) {
         let Some(unconfirmed) = &mut self.unconfirmed else { return };
         if returned.receipt == Receipt::Placed {
             let pieces = returned.batch.pieces().iter();
             pieces
                 .filter(|piece| piece.verdict == Verdict::Whole)
-                .for_each(|piece| unconfirmed.placed(piece.run));
+                .for_each(|piece| unconfirmed.trust(piece.run));
         }
     }
 

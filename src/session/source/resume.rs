@@ -86,7 +86,7 @@ impl SourceSession {
     /// connection.
     pub(super) fn send_fence(&mut self) -> Result<(), Error> {
         let Some(unconfirmed) = &mut self.pages.unconfirmed else { return Ok(()) };
-        let (number, mut out) = (unconfirmed.fence(), Vec::new());
+        let (number, mut out) = (unconfirmed.fence(self.driver.clock.now()), Vec::new());
         if self.breakage.is(Breakage::TrustFence) {
             let _ = unconfirmed.confirmed(number);
         }

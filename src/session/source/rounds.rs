@@ -85,6 +85,11 @@ impl SourceSession {
     pub(super) fn open_round(&mut self, kind: RoundKind, number: u32) -> Result<SourceEvent, Error> {
         self.figures.round(self.driver.clock.now(), number, self.pages.dirty.count());
         self.check_progress();
+        self.begin_section(kind)?;
+        Ok(SourceEvent::Done)
+    }
+
+    fn begin_section(&mut self, kind: RoundKind) -> Result<(), Error> {
         let mut head = Vec::new();
         if kind == RoundKind::Final {
             setup::before_last_section(self, &mut head);
@@ -93,21 +98,13 @@ impl SourceSession {
             section::encode_part(self.settings.ram_section, &mut head);
         }
         self.wire.send(&head)?;
-        self.wire.link.open_round(kind, &self.wire.stop)?;
-        Ok(SourceEvent::Done)
+        Ok(self.wire.link.open_round(kind, &self.wire.stop)?)
     }
 
     pub(super) fn close_round(&mut self, kind: RoundKind) -> Result<SourceEvent, Error> {
         let (begun, before, guest_before) =
             (Instant::now(), self.wire.position(), self.figures.whole_bytes());
-        if !self.breakage.is(Breakage::SkipFence) {
-            self.wire.link.close_round(kind, &self.wire.stop)?;
-        }
-        self.send_declined()?;
-        let mut tail = ram::EOS_RECORD.to_vec();
-        self.settings.framing.encode_footer(self.settings.ram_section, &mut tail);
-        self.wire.send(&tail)?;
-        self.wire.link.sink().flush(&self.wire.stop)?;
+        self.end_section(kind)?;
         self.figures.fenced(begun.elapsed());
         self.take_returned()?;
         let mut writes = Vec::new();
@@ -124,5 +121,33 @@ impl SourceSession {
         self.figures.round_closed(self.driver.clock.now(), sent);
         self.await_compared(kind)?;
         Ok(SourceEvent::Done)
+    }
+
+    /// All pages of the open section have left or, over RDMA, were written, and the section ends.
+    fn end_section(&mut self, kind: RoundKind) -> Result<(), Error> {
+        if !self.breakage.is(Breakage::SkipFence) {
+            self.wire.link.close_round(kind, &self.wire.stop)?;
+        }
+        self.send_declined()?;
+        let mut tail = ram::EOS_RECORD.to_vec();
+        self.settings.framing.encode_footer(self.settings.ram_section, &mut tail);
+        self.wire.send(&tail)?;
+        Ok(self.wire.link.sink().flush(&self.wire.stop)?)
+    }
+
+    /// Where only a fence tells what has come, a loss costs what was sent since the last one: in a long round, one is sent
+    /// from time to time. The section ends for it, and another begins; for the engine it is one round.
+    pub(super) fn fence_within_round(&mut self) -> Result<(), Error> {
+        let beside = self.wire.link.abilities().registers_memory && !self.driver.engine.is_last_round();
+        let Some(unconfirmed) = self.pages.unconfirmed.as_ref().filter(|_| beside) else { return Ok(()) };
+        if !unconfirmed.is_fence_due(self.driver.clock.now()) {
+            return Ok(());
+        }
+        self.end_section(RoundKind::Live)?;
+        self.take_returned()?;
+        self.send_fingerprints()?;
+        self.send_fence()?;
+        tracing::debug!("a fence within a round");
+        self.begin_section(RoundKind::Live)
     }
 }

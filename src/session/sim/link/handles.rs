@@ -104,6 +104,7 @@ impl SourceLink for SimLink {
     fn open_round(&mut self, _kind: RoundKind, _stop: &Stop) -> Result<(), MoveError> {
         self.call(|world| {
             world.link.open = true;
+            world.link.opened += 1;
             if world.link.registers() {
                 world.link.registered = true;
                 world.mark(Mark::Registered);

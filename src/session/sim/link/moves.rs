@@ -1,14 +1,15 @@
 //! Activity of the late link: batches are read and placed at a time and in an order determined by the seed.
 
-use super::{Batch, Item, LinkState};
+use super::{Acknowledged, Batch, Item, LinkState};
 use crate::guest::MappedGuest;
 use crate::observe::PageCounts;
 use crate::ram::{PageRun, Piece, Verdict};
+use crate::session::sim::channel::Pipe;
 use crate::session::sim::guest::PAGE;
 use crate::session::sim::plan::Side;
 use crate::session::sim::world::{Mark, World};
 use crate::transport::{Receipt, Returned};
-use crate::units::BlockOffset;
+use crate::units::{BlockIndex, BlockOffset};
 
 impl World {
     /// A batch may be read or placed.
@@ -26,6 +27,7 @@ impl World {
         } else if self.link.channels.iter().all(|channel| matches!(channel.front(), Some(Item::Fence))) {
             self.link.channels.iter_mut().for_each(|channel| drop(channel.pop_front()));
         }
+        self.settle_acknowledged();
         // What a network still has comes late: behind what is sent over the next connection.
         let slowness = if self.link.let_go { 100 } else { self.link.kind.map_or(1, |link| link.slowness) };
         for _ in 0..3 {
@@ -77,7 +79,7 @@ impl World {
         if apart && !self.link.receives || self.link.revoked {
             return;
         }
-        let taken = self.pipe(0, Side::Source).taken;
+        let Pipe { taken, sent, .. } = *self.pipe(0, Side::Source);
         let queue = &mut self.link.channels[channel];
         match queue.front() {
             Some(Item::Batch(Batch { bytes: Some(_), behind, .. })) if apart || *behind <= taken => {}
@@ -116,6 +118,8 @@ impl World {
             let region = self.guest.memory[1].region(piece.run.block).unwrap();
             let (start, len) = (piece.run.first.0 * PAGE as u64, piece.run.pages * PAGE as u64);
             let span = region.span(start, len).unwrap();
+            let mut before = vec![0; len as usize];
+            span.copy_to(&mut before);
             if piece.verdict == Verdict::Zero {
                 span.fill_zero();
                 continue;
@@ -123,6 +127,9 @@ impl World {
             let (own, rest) = bytes.split_at(len as usize);
             span.copy_from(own);
             bytes = rest;
+            if self.link.has_keys() {
+                self.link.acknowledge(piece.run, &before, sent);
+            }
         }
         if let Some(returned) = batch.batch {
             let ticket = batch.ticket;
@@ -138,7 +145,39 @@ impl World {
     }
 }
 
+impl World {
+    /// The destination destroys its keys. A NIC that works has written all that it has acknowledged; one that has failed
+    /// for good has lost what no message followed that the host has read.
+    pub(in crate::session::sim) fn revoke(&mut self) {
+        self.settle_acknowledged();
+        self.link.revoke();
+        let lost = std::mem::take(&mut self.link.acknowledged);
+        // A seed in which nothing can be lost goes as before.
+        let has_failed = !lost.is_empty() && self.rng.one_in(2);
+        for Acknowledged { block, page, before, .. } in lost.into_iter().rev().filter(|_| has_failed) {
+            self.mark(Mark::LostAcknowledged);
+            let region = self.guest.memory[Side::Target as usize].region(BlockIndex(block)).unwrap();
+            region.span(page * PAGE as u64, PAGE as u64).unwrap().copy_from(&before);
+        }
+    }
+
+    /// The host has read a message that came behind these.
+    fn settle_acknowledged(&mut self) {
+        let read = self.pipe(0, Side::Source).read;
+        while self.link.acknowledged.front().is_some_and(|write| write.behind < read) {
+            self.link.acknowledged.pop_front();
+        }
+    }
+}
+
 impl LinkState {
+    fn acknowledge(&mut self, run: PageRun, before: &[u8], behind: u64) {
+        for (page, before) in run.each().zip(before.chunks(PAGE)) {
+            let (block, page) = (page.block.0, page.first.0);
+            self.acknowledged.push_back(Acknowledged { block, page, before: before.to_vec(), behind });
+        }
+    }
+
     /// As the thread of a page channel does behind the bytes, in the same step.
     fn report_placed(&self, run: PageRun) {
         let Some(placer) = self.placer.upgrade() else { return };
