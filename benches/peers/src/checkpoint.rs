@@ -179,7 +179,7 @@ fn one(args: &CheckpointArgs, every: u64, rate: u64, cancel: &CancelToken) -> Re
         pause_p99_ms: pauses.p99_us as f64 / 1e3,
         pause_max_ms: pauses.max_us as f64 / 1e3,
         writes_kept: writes / alone,
-        mb_per_checkpoint: report.bytes.saturating_sub(args.ram) as f64 / 1e6 / count,
+        mb_per_checkpoint: (report.bytes - report.first_bytes) as f64 / 1e6 / (count - 1.0).max(1.0),
         fences: report.fences,
     })
 }

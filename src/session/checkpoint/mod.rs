@@ -111,6 +111,8 @@ pub struct CheckpointReport {
     pub pages: u64,
     /// Bytes that were sent.
     pub bytes: u64,
+    /// Of these, bytes of the first checkpoint, which holds all memory.
+    pub first_bytes: u64,
     /// How long the guest was paused for each checkpoint.
     pub pauses: LatencySummary,
     /// How often the guest was paused because the lease had run out.

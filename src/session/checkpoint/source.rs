@@ -135,6 +135,7 @@ struct Figures {
     pages: u64,
     /// Pages of the checkpoint that is sent.
     in_checkpoint: u64,
+    first_bytes: u64,
     pauses: Latency,
     fences: u64,
     paused_at: Option<Instant>,
@@ -317,6 +318,9 @@ impl Running {
             CheckpointAction::Close(number) => {
                 let pages = self.figures.in_checkpoint;
                 self.send(&CheckpointMessage::Close { number, pages }.encode())?;
+                if number == 1 {
+                    self.figures.first_bytes = self.sink.position();
+                }
             }
             CheckpointAction::Resume => {
                 self.resume()?;
@@ -366,6 +370,7 @@ impl Running {
             safe: figures.safe,
             pages: figures.pages,
             bytes: self.sink.position(),
+            first_bytes: figures.first_bytes,
             pauses: figures.pauses.summary(),
             not_resumed: figures.not_resumed && !stays,
         }
