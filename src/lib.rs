@@ -99,8 +99,8 @@
 //!
 //! # Platforms
 //!
-//! Linux on x86-64 with glibc is built and tested. aarch64 is not tested; `kvm`'s example guests are x86-64 code. musl is not
-//! supported with `rdma`: a statically linked program can't load libraries.
+//! Linux on x86-64 with glibc is built and tested. For aarch64 it is built, and unit tests run in an emulator; `kvm`'s
+//! example guests are x86-64 code. musl is not supported with `rdma`: a statically linked program can't load libraries.
 
 #[cfg(feature = "testing")]
 pub mod engine;

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use userfaultfd::{Event, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder};
 
+use super::async_write_protection::to_io;
 use super::handed_faults::{HandedFaultsError, taken};
-use super::uffd::to_io;
 use super::{HostSpan, Mapping};
 use crate::units::PageSize;
 

@@ -1,6 +1,7 @@
 //! The kernel's interfaces, one in each file, wrapped in safe functions. This crate's only unsafe code.
 #![allow(unsafe_code)]
 
+mod async_write_protection;
 #[cfg(test)]
 pub(crate) mod blocked;
 mod descriptor_passing;
@@ -40,7 +41,6 @@ mod tcp_state;
 #[cfg(test)]
 pub(crate) mod testing;
 mod threads;
-mod uffd;
 mod untouched;
 mod vectored_io;
 #[cfg(feature = "vm-memory")]
@@ -50,6 +50,7 @@ mod write_faults;
 mod zero_scan;
 mod zerocopy;
 
+pub(crate) use async_write_protection::{UffdError, WriteProtector};
 pub(crate) use descriptor_passing::{recv_with_descriptors, send_with_descriptor};
 pub use descriptors::{duplicate, take_inherited_fd};
 pub use handed_faults::{HandedEvent, HandedFaults, HandedFaultsError, Placement};
@@ -88,7 +89,6 @@ pub use stop::{CancelToken, Stop, StopReason};
 pub(crate) use tcp_state::{TcpState, queued_bytes, tcp_state};
 pub use threads::{Job, SpawnFn, spawn_thread};
 pub(crate) use threads::{only_when_idle, this_thread};
-pub(crate) use uffd::{UffdError, WriteProtector};
 pub use untouched::release_zeros;
 pub(crate) use vectored_io::{FdKind, MAX_PARTS, recv_parts, send_parts};
 pub use vectored_io::{RecvPart, SendPart};

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use userfaultfd::{Event, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder};
 
-use super::uffd::to_io;
+use super::async_write_protection::to_io;
 use super::{FaultAt, HostSpan};
 
 /// linux/userfaultfd.h: `UFFD_FEATURE_WP_HUGETLBFS_SHMEM`.
