@@ -165,12 +165,24 @@ pub(super) enum Breakage {
     EndWithoutSource,
     /// A relay gives the guest away although its source has gone.
     GiveToGone,
+    /// Nothing holds the source's connection for urgent pages when a relay dies.
+    LeaveUrgentUnguarded,
+    /// A relay reports a page on the source's connection for urgent pages before it is in place.
+    ReportUrgentEarly,
+    /// A relay ends the far end's stream with its source's, though urgent pages are under way.
+    EndWithMain,
+    /// A relay takes pages that are not there at the end of its source's stream for ones that do not come.
+    EndBeforeUrgent,
+    /// A relay whose source's connection for urgent pages is lost ends without a word though the guest has moved.
+    PartWhenMoved,
+    /// A page that is requested while it waits to be sent on leaves neither with the others nor as urgent.
+    LoseRequested,
 }
 
 impl Breakage {
     /// What the simulation of a relay switches off.
     #[cfg(test)]
-    pub(super) const OF_RELAYS: [Self; 15] = [
+    pub(super) const OF_RELAYS: [Self; 21] = [
         Self::TellBeforeFarEnd,
         Self::DoubtIsFailure,
         Self::AskBeforeFarEnd,
@@ -186,6 +198,12 @@ impl Breakage {
         Self::EndWithoutSource,
         Self::GiveToGone,
         Self::TrustUnasked,
+        Self::LeaveUrgentUnguarded,
+        Self::ReportUrgentEarly,
+        Self::EndWithMain,
+        Self::EndBeforeUrgent,
+        Self::LoseRequested,
+        Self::PartWhenMoved,
     ];
 
     /// What the simulation of lost connections switches off.

@@ -47,6 +47,7 @@ pub use pager::{HandedError, HandedRegion, LazyProgress, PageFailure, ServeSetti
 pub use passed::{NotPassed, PassedBlock, memory_to_pass};
 pub use relay::{
     ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,
+    UrgentConnections,
 };
 pub use restore::{LazyPages, RestoreSession, RestoreSettings, RestoreWay, Restored};
 pub use run_log::RunLog;

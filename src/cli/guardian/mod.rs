@@ -25,8 +25,8 @@ pub(super) use words::advice;
 /// The hidden first argument that makes this command a guardian.
 pub(super) const ARGUMENT: &str = "relay-guardian";
 
-/// From the relay: this message carries both connections, the kinds of their peers, and whether the source has switched
-/// to postcopy.
+/// From the relay: this message carries the source's connections and the far end's, the kinds of their peers, whether the
+/// source has switched to postcopy, and how many of the descriptors are the source's others, for urgent pages.
 const HOLD: u8 = b'h';
 /// From the relay: the connections need not be held any more.
 const RELEASE: u8 = b'r';
@@ -34,6 +34,11 @@ const RELEASE: u8 = b'r';
 const UP: u8 = b'u';
 /// From the guardian: it has the connections.
 const HOLDS: u8 = b'k';
+
+/// Most connections of the source that are held beside the first.
+const MAX_URGENT: usize = 16;
+/// Descriptors of a message.
+const MAX_HELD: usize = MAX_URGENT + 2;
 
 /// Longest time in which the process must start: before a guest is taken.
 const START: Duration = Duration::from_secs(30);
@@ -94,14 +99,16 @@ fn expect(control: &mut UnixStream, due: u8) -> io::Result<()> {
 
 impl Guard for Guardian {
     fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
-        let mut connections = vec![held.source];
-        connections.extend(held.far_end);
-        let kinds = [held.source_is_native, held.far_end_is_native, held.switched].map(u8::from);
-        let words = [&[HOLD][..], &kinds].concat();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let [native, far_native, switched] =
+            [held.source_is_native, held.far_end_is_native, held.switched].map(u8::from);
+        let urgent = u8::try_from(held.urgent.len()).unwrap_or(u8::MAX);
+        let words = [HOLD, native, far_native, switched, urgent];
+        let connections: Vec<_> =
+            std::iter::once(held.source).chain(held.urgent.iter().copied()).chain(held.far_end).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_HELD))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !ancillary.push(SendAncillaryMessage::ScmRights(&connections)) {
-            return Err(io::Error::other("there is no room for two descriptors"));
+            return Err(io::Error::other(format!("there is no room for {} descriptors", connections.len())));
         }
         sendmsg(self.control.as_fd(), &[IoSlice::new(&words)], &mut ancillary, SendFlags::NOSIGNAL)?;
         expect(&mut self.control, HOLDS).map_err(|error| {

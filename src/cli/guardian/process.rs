@@ -18,7 +18,7 @@ use rustix::process::{Signal, getppid, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
 use super::words::{advice, say};
-use super::{HOLD, HOLDS, RELEASE, UP};
+use super::{HOLD, HOLDS, MAX_HELD, RELEASE, UP};
 
 /// Longest time between two checks for signals, which may come just before a wait.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
@@ -29,6 +29,8 @@ const REPORT_TIMEOUT: Duration = Duration::from_secs(60);
 /// The held connections.
 struct Connections {
     source: OwnedFd,
+    /// The source's others, of which one is for urgent pages. They only stay open.
+    _urgent: Vec<OwnedFd>,
     source_is_native: bool,
     far_end: Option<OwnedFd>,
     far_end_is_native: bool,
@@ -91,8 +93,8 @@ fn guard() -> io::Result<()> {
 
 /// Waits for the connections; `None` if they need not be held.
 fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
-    let mut words = [0; 4];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut words = [0; 5];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_HELD))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let got = loop {
         match recvmsg(&*relay, &mut [IoSliceMut::new(&mut words)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
@@ -109,15 +111,18 @@ fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
     }
     let mut connections = connections.into_iter();
     match (got, words, connections.next()) {
-        (4, [HOLD, source_is_native, far_end_is_native, switched], Some(source)) => Ok(Some(Connections {
-            source,
-            source_is_native: source_is_native == 1,
-            far_end: connections.next(),
-            far_end_is_native: far_end_is_native == 1,
-            switched: switched == 1,
-            answer: Vec::new(),
-        })),
-        (4, [HOLD, ..], None) => Err(io::Error::other("no descriptor came with the relay's message")),
+        (5, [HOLD, source_is_native, far_end_is_native, switched, urgent], Some(source)) => {
+            Ok(Some(Connections {
+                source,
+                _urgent: connections.by_ref().take(urgent.into()).collect(),
+                source_is_native: source_is_native == 1,
+                far_end: connections.next(),
+                far_end_is_native: far_end_is_native == 1,
+                switched: switched == 1,
+                answer: Vec::new(),
+            }))
+        }
+        (5, [HOLD, ..], None) => Err(io::Error::other("no descriptor came with the relay's message")),
         _ => Ok(None),
     }
 }

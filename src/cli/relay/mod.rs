@@ -12,7 +12,9 @@ use ramwire::engine::OnTimeout;
 use ramwire::error::Remedy;
 use ramwire::guest::GuestMemory;
 use ramwire::observe::{RunDescription, SharedStatistics};
-use ramwire::session::{CancelReply, DestinationSettings, Error, Relay, RelayControl, SourceSettings};
+use ramwire::session::{
+    CancelReply, DestinationSettings, Error, Redial, Relay, RelayControl, SourceSettings, UrgentConnections,
+};
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::stream::qemu::page_compression::PageCompression;
 use ramwire::sys::{CancelToken, Stop};
@@ -83,6 +85,10 @@ pub(super) struct Args {
     watch: WatchArgs,
     #[command(flatten)]
     qmp: QmpArgs,
+    /// Pages that a thread waits for after a switch to postcopy travel on connections of their own, from the source and to
+    /// the far end (QEMU: capability postcopy-preempt at both ends)
+    #[arg(long)]
+    postcopy_preempt: bool,
     /// Of the connection to the far end
     #[command(flatten)]
     channels: SourceChannelArgs,
@@ -159,9 +165,13 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     listening.rdma = quiet;
     let connection = listener.accept_connection(&listening, &stop)?;
     // A QEMU 7.2 with postcopy-preempt connects twice before it sends anything. A later one, which connects when it
-    // switches, then finds nobody, and its guest stays.
-    let urgent_came = args.listen_channels == 0 && listener.has_others();
-    drop(listener);
+    // switches, then gets no answer, and its guest stays.
+    let urgent_came = !args.postcopy_preempt && args.listen_channels == 0 && listener.has_others();
+    let urgent = args.postcopy_preempt.then(|| {
+        let from_source = move |stop: &Stop| listener.accept(&options, stop);
+        let to_far_end = Redial::new(args.connect.clone(), options);
+        UrgentConnections { from_source: Box::new(from_source), to_far_end: Box::new(to_far_end) }
+    });
     let guardian = Guardian::start().map_err(|error| NoGuardian { source: error })?;
     let (pid, doubted) = (guardian.pid(), control.clone());
     signals.in_doubt(move || doubted.is_in_doubt().then(|| left_in_doubt(&doubted, pid)));
@@ -234,6 +244,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         incoming,
         outgoing,
         urgent_came,
+        urgent,
         huge_pages: args.huge_pages,
         cancel,
         control,

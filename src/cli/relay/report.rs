@@ -39,6 +39,7 @@ pub(super) fn tell(
             out["downtime-parts"] = json!(sent.statistics.downtime_parts);
             out["zero-copy"] = json!(sent.statistics.zero_copy);
             out["splice"] = json!(sent.statistics.splice);
+            out["urgent-pages"] = json!(sent.urgent_pages);
             out
         });
         let scan = report.received.scan.map(|scan| {
@@ -58,6 +59,7 @@ pub(super) fn tell(
             "completed": report.received.ending == Ending::Running,
             "received_pages": report.received.pages,
             "received_bytes": report.received.bytes,
+            "received_urgent_pages": report.received.missing_pages.as_ref().map(|missing| missing.preempt_pages),
             "first_page_sent_ms": report.first_page_sent.map(|time| time.as_secs_f64() * 1e3),
             "ram_complete_ms": report.ram_complete.map(|time| time.as_secs_f64() * 1e3),
             "listen": way(near),

@@ -5,12 +5,13 @@
 //! Nothing is read of a connection before it is known what it begins with: its first bytes are looked at where they lie.
 //! So no connection delays another, and those that say nothing, or not enough, are bounded in number.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::stream::qemu::section::COMMAND;
-use crate::sys::{Lock as _, Stop};
+use crate::sys::{Lock as _, Stop, duplicate};
 use crate::transport::{ByteSource, ChannelError, OpenError, StreamChannel};
 
 use super::recovery::NextConnection;
@@ -137,6 +138,21 @@ impl Connections {
                 self.wait(stop);
             }
         }
+    }
+
+    /// Takes the connections that have come, and waits for the first until the stop. Returns duplicates of their
+    /// descriptors: none of them ends while these are open.
+    pub(super) fn held(&mut self, stop: &Stop) -> Vec<OwnedFd> {
+        while self.silent.len() < MAX_SILENT && stop.reason().is_none() {
+            match self.accept_one(stop) {
+                Ok(true) => {}
+                Ok(false) if self.silent.is_empty() => {}
+                // None can come, or all are here.
+                _ => break,
+            }
+        }
+        let descriptors = self.silent.iter().filter_map(|arrival| arrival.channel.descriptor());
+        descriptors.filter_map(|descriptor| duplicate(&descriptor).ok()).collect()
     }
 
     /// Takes a connection that has come; false: none has.

@@ -9,7 +9,7 @@ use crate::ram::{Fingerprints, RamBlock};
 use crate::stream::qemu::early::NOTHING;
 use crate::stream::qemu::incoming::{Event, Seen};
 use crate::stream::qemu::section::PART_LEN;
-use crate::sys::Stop;
+use crate::sys::{CancelToken, Stop};
 
 use super::mapper::Mapper;
 use super::placing::Placing;
@@ -164,9 +164,9 @@ impl Ingest {
         observer.map_or_else(|| Err(no_blocks("a package")), |observer| observer.switched(switched))
     }
 
-    /// After the switch: what ends each wait for the source.
-    pub(super) fn stop(&self) -> Stop {
-        self.watcher().map_or_else(Stop::never, |observer| observer.stop())
+    /// After the switch: raised when nothing more is read from the source.
+    pub(super) fn source_ends(&self) -> CancelToken {
+        self.watcher().map_or_else(CancelToken::default, |observer| observer.source_ends())
     }
 
     /// After the switch: the last page has arrived; see [`IncomingObserver::all_came`].
@@ -189,6 +189,11 @@ impl Ingest {
     /// After the switch: true once the guest runs at a relay's far end.
     pub(super) fn is_taken(&self) -> bool {
         self.watcher().is_some_and(|observer| observer.is_taken())
+    }
+
+    /// After the switch: see [`IncomingObserver::has_moved`].
+    pub(super) fn has_moved(&self) -> bool {
+        self.watcher().is_some_and(|observer| observer.has_moved())
     }
 
     /// After the switch: why a relay has ended it.

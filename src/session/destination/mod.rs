@@ -131,6 +131,12 @@ impl DestinationSession {
         self
     }
 
+    /// Where the source of a relay makes its connection for urgent pages. The loss of a connection is an end there.
+    pub(crate) fn with_urgent_connection(self, next: Box<dyn NextConnection>) -> Self {
+        self.switch.takes_urgent_from(Connections::new(next));
+        self
+    }
+
     /// The userfaultfd by which missing pages are served after a switch to postcopy, in place of one that the session
     /// makes when the source announces that it may switch: for a process that has given up the right to make one.
     pub fn with_missing_faults(mut self, faults: MissingFaults) -> Self {
@@ -258,7 +264,9 @@ impl DestinationSession {
         if self.driver.engine.is_committed() {
             // The guest is ours: no cancel breaks it off any more.
             self.wire.stop = match self.switch.relayed() {
-                Some(_) => self.ingest.stop(),
+                // Only the last word is left.
+                Some(_) if self.driver.engine.is_whole() => Stop::never(),
+                Some(_) => Stop::on(&self.ingest.source_ends()),
                 None => self.switch.stop_after_commit(),
             };
         }

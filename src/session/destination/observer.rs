@@ -8,7 +8,7 @@ use super::receive::out_of_turn;
 use super::relayed::Switched;
 use crate::guest::{GuestMemory, PageObserver};
 use crate::session::Error;
-use crate::sys::Stop;
+use crate::sys::CancelToken;
 
 /// Sees pages as they arrive; a relay's.
 pub(crate) trait IncomingObserver: Send {
@@ -57,9 +57,9 @@ pub(crate) trait IncomingObserver: Send {
         Err(out_of_turn("a package", "a migration without ADVISE"))
     }
 
-    /// After the switch: ends each wait for the source.
-    fn stop(&self) -> Stop {
-        Stop::never()
+    /// After the switch: raised when nothing more is read from the source.
+    fn source_ends(&self) -> CancelToken {
+        CancelToken::default()
     }
 
     /// After the switch: the last page has arrived. Returns once the far end has everything.
@@ -81,6 +81,11 @@ pub(crate) trait IncomingObserver: Send {
 
     /// After the switch: true once the guest runs at the far end, so that a loss gives it to nobody else.
     fn is_taken(&self) -> bool {
+        false
+    }
+
+    /// After the switch: true once the far end has reported that it has everything, which the source is to be told.
+    fn has_moved(&self) -> bool {
         false
     }
 

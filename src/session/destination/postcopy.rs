@@ -30,10 +30,10 @@ use crate::transport::{ByteSink, ChannelError};
 use self::loading::{NotStarted, load_and_run};
 use super::DestinationSession;
 use super::owner::Owner;
-use super::preempt::Preempt;
+use super::preempt::{Preempt, UrgentPages};
 use super::reads::Reads;
 use super::receive::{no_blocks, out_of_turn};
-use super::relayed::never_came;
+use super::relayed::{Relayed, never_came};
 use super::return_path::ReturnPathWriter;
 use super::switch::Switch;
 use crate::session::Error;
@@ -165,6 +165,13 @@ impl Shared {
         self.back.replace(Some(back));
     }
 
+    /// Where urgent pages go on the present connections.
+    pub(super) fn urgent_pages(self: &Arc<Self>) -> UrgentPages {
+        let lost = Arc::clone(self);
+        let lose = Arc::new(move |_| lost.lose_connection());
+        UrgentPages { placer: Arc::clone(&self.placer), stop: self.stop(), lose }
+    }
+
     /// True if another connection would be of no use.
     pub(super) fn has_failed(&self) -> bool {
         self.failure.locked().is_some()
@@ -291,20 +298,32 @@ impl Switch {
     /// # Errors
     /// Some do not arrive.
     pub(super) fn await_expected_pages(&mut self, stop: &Stop) -> Result<(), Error> {
-        let Some(postcopy) = self.running_mut() else { return self.relayed_all() };
+        let Some(postcopy) = self.running_mut() else { return self.relayed_all(stop) };
         let stop = stop.within(postcopy.shared.send_timeout);
-        postcopy.preempt.main_ended();
-        loop {
-            let (placer, expected_pages) = (&postcopy.shared.placer, &mut postcopy.expected_pages);
-            // Checked once: a page that has arrived stays.
-            let missing = expected_pages.runs().find_map(|run| placer.first_missing(run));
-            let Some(page) = missing else {
-                *expected_pages = PageSet::default();
-                return Ok(());
-            };
-            if !postcopy.preempt.is_expected() || stop.sleep(EXPECTED_CHECK_INTERVAL).is_some() {
-                return Err(never_came(placer, page));
-            }
+        await_pages(&postcopy.expected_pages, &postcopy.shared.placer, &postcopy.preempt, &stop)?;
+        postcopy.expected_pages = PageSet::default();
+        Ok(())
+    }
+}
+
+/// The main connection has received its last page: waits until all of `expected` have arrived on either.
+///
+/// # Errors
+/// Some do not arrive.
+pub(super) fn await_pages(
+    expected: &PageSet,
+    placer: &Placer,
+    preempt: &Preempt,
+    stop: &Stop,
+) -> Result<(), Error> {
+    preempt.main_ended();
+    loop {
+        // Asked first: the last page may come before it ends.
+        let more_may_come = preempt.is_expected();
+        let missing = expected.runs().find_map(|run| placer.first_missing(run));
+        let Some(page) = missing else { return Ok(()) };
+        if !more_may_come || stop.sleep(EXPECTED_CHECK_INTERVAL).is_some() {
+            return Err(never_came(placer, page));
         }
     }
 }
@@ -320,7 +339,7 @@ impl DestinationSession {
         let Some(faults) = faults else {
             // A source may switch before its first section of pages.
             self.ingest.pages_begin(*stream.seen(), stream.ram_section_id().unwrap_or_default())?;
-            return self.relay_switch(&package, expected_pages);
+            return self.relay_switch(&package, expected_pages, stream.blocks());
         };
         let decoded = decode_package(&package)?;
         let Some(back) = self.wire.back.clone() else {
@@ -389,7 +408,7 @@ impl DestinationSession {
         if postcopy.reads.is_none() {
             postcopy.serve_faults(spawner)?;
         }
-        postcopy.preempt.start(&postcopy.shared)?;
+        postcopy.preempt.start(postcopy.shared.urgent_pages())?;
         let state = self.state_of_package(decoded.sections)?;
         if let Some(incoming) = self.ingest.incoming() {
             self.guest.memory.arrived(incoming, self.driver.engine.is_native());
@@ -468,7 +487,8 @@ impl DestinationSession {
 
     /// A step failed: the error of a thread of the postcopy is the cause, if there is one.
     pub(super) fn postcopy_failure(&mut self, error: Error) -> Error {
-        if let Some(why) = self.ingest.why_ended() {
+        let lost = self.switch.relayed().and_then(Relayed::take_loss);
+        if let Some(why) = self.ingest.why_ended().or(lost) {
             return why;
         }
         let failed = |shared: &Shared| shared.load_has_failed() && !shared.gave_way.load(Ordering::Acquire);
@@ -495,6 +515,10 @@ impl DestinationSession {
         if let Err(error) = self.take_control() {
             tracing::warn!(error = %Chain(&error), "the guest's start");
         }
+        if let Some(relayed) = self.switch.relayed_mut() {
+            let (preempt_pages, preempt_bytes) = relayed.finish(ending == Ending::Running);
+            return (Some(MissingPages { preempt_pages, ..MissingPages::default() }), preempt_bytes);
+        }
         let Some(mut postcopy) = self.switch.take() else { return (None, 0) };
         if ending == Ending::Incomplete {
             // With the last descriptor closed a missing page would read as zero, and the guest would continue with it.
@@ -503,7 +527,7 @@ impl DestinationSession {
         if let Some(reads) = postcopy.reads.take() {
             *postcopy.shared.pager() = reads.end();
         }
-        let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared);
+        let (preempt_pages, preempt_bytes) = postcopy.preempt.finish(&postcopy.shared.urgent_pages());
         let (faults, requests) = postcopy.shared.pager().counts();
         let latency = postcopy.shared.pager().latency().summary();
         let waits = postcopy.shared.pager().waits();

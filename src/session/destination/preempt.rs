@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::error::Chain;
-use crate::guest::PageWriter;
+use crate::guest::{PageWriter, Placer};
 use crate::stream::qemu::incoming::AnnouncedBlocks;
 use crate::stream::qemu::ram::{Record, decode_record};
 use crate::stream::{DecodeError, Fault};
@@ -23,7 +23,6 @@ use crate::sys::{Lock as _, RecvPart, Stop};
 use crate::transport::{ByteSource, ChannelError, StreamChannel};
 
 use super::arrivals::{Connections, SharedNext, Use};
-use super::postcopy::Shared;
 use crate::session::Error;
 use crate::session::callback::guarded;
 use crate::session::workers::Spawner;
@@ -48,6 +47,18 @@ struct State {
     early: Mutex<Option<StreamChannel>>,
 }
 
+/// Ends all use of the present connections; with the error that is the cause.
+pub(super) type LoseFn = dyn Fn(Option<Error>) + Send + Sync;
+
+/// Where urgent pages go, and what ends with their connection.
+#[derive(Clone)]
+pub(super) struct UrgentPages {
+    pub(super) placer: Arc<Placer>,
+    /// Ends each wait.
+    pub(super) stop: Stop,
+    pub(super) lose: Arc<LoseFn>,
+}
+
 /// The thread that waits for the connection and reads it.
 pub(super) struct Preempt {
     blocks: AnnouncedBlocks,
@@ -64,16 +75,16 @@ impl Preempt {
     }
 
     /// Waits for the connection from here on, if connections can be accepted.
-    pub(super) fn start(&mut self, shared: &Arc<Shared>) -> Result<(), Error> {
+    pub(super) fn start(&mut self, pages: UrgentPages) -> Result<(), Error> {
         let Some(next) = self.next.take() else { return Ok(()) };
         self.state.main_ended.store(false, Ordering::Release);
+        let (slot, stop) = (self.next.clone(), pages.stop.clone());
         let urgent = Urgent {
-            shared: Arc::clone(shared),
+            pages,
             state: Arc::clone(&self.state),
             blocks: self.blocks.clone(),
             writer: PageWriter::default(),
         };
-        let (slot, stop) = (self.next.clone(), shared.stop());
         let job = move || {
             let (mut urgent, mut next) = (urgent, next);
             let done = guarded("receiving urgent pages", || urgent.run(&mut next, &stop));
@@ -84,7 +95,7 @@ impl Preempt {
                 Err(_) if stop.reason().is_some() => {}
                 Err(error) => {
                     tracing::warn!(error = %Chain(&error), "the connection for urgent pages");
-                    urgent.shared.lose_connection();
+                    (urgent.pages.lose)(Some(error));
                 }
             }
         };
@@ -119,14 +130,14 @@ impl Preempt {
 
     /// The migration has ended: lets the source close the connection, on which it may still write its last mark, and
     /// ends the thread. Returns the numbers of target pages and bytes received.
-    pub(super) fn finish(&mut self, shared: &Shared) -> (u64, u64) {
-        let stop = shared.stop().within(PART_WITHIN);
+    pub(super) fn finish(&mut self, pages: &UrgentPages) -> (u64, u64) {
+        let stop = pages.stop.within(PART_WITHIN);
         while self.state.connected.load(Ordering::Acquire) {
             if stop.sleep(PART_CHECK_INTERVAL).is_some() {
                 break;
             }
         }
-        shared.lose_connection();
+        (pages.lose)(None);
         self.end();
         (self.state.pages.load(Ordering::Relaxed), self.state.bytes.load(Ordering::Relaxed))
     }
@@ -134,7 +145,7 @@ impl Preempt {
 
 /// The thread's own.
 struct Urgent {
-    shared: Arc<Shared>,
+    pages: UrgentPages,
     state: Arc<State>,
     blocks: AnnouncedBlocks,
     writer: PageWriter,
@@ -148,7 +159,7 @@ impl Urgent {
                 Ok((channel, Use::Urgent)) => channel,
                 Ok((channel, Use::Main)) => {
                     *self.state.early.locked() = Some(channel);
-                    self.shared.lose_connection();
+                    (self.pages.lose)(None);
                     return Ok(());
                 }
                 Err(error) => {
@@ -202,7 +213,7 @@ impl Urgent {
 
     /// Places the page of the record at the front of `input`; returns the number of bytes it took.
     fn record(&mut self, input: &[u8]) -> Result<usize, Error> {
-        let placer = &self.shared.placer;
+        let placer = &self.pages.placer;
         let page = placer.memory().table().page();
         let (record, head) = decode_record(input, page)?;
         let at_front = |fault| Error::Decode(DecodeError::corrupt(0, fault));

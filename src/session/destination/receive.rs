@@ -267,7 +267,7 @@ impl DestinationSession {
                     return Err(out_of_turn(&what, "a greeting"));
                 };
                 self.agree_on_channels()?;
-                if theirs.urgent && !self.switch.may_recover() {
+                if theirs.urgent && !self.switch.takes_urgent() {
                     return Err(Error::Config {
                         what: "the source sends urgent pages on a connection of their own, and none can come here".into(),
                         remedy: Remedy::Advice(

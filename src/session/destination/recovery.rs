@@ -202,7 +202,7 @@ impl DestinationSession {
         shared.back.resume(Message::ResumeAck(1), &shared.placer, pages, &stop)?;
         shared.answer_again(&stop)?;
         let is_here = shared.owner.get() == Ownership::Here;
-        postcopy.preempt.start(&postcopy.shared)?;
+        postcopy.preempt.start(postcopy.shared.urgent_pages())?;
         postcopy.recovering = false;
         let status = if is_here { Status::PostcopyActive } else { Status::Device };
         self.figures.shared().update(|s| s.status = status);

@@ -38,7 +38,8 @@ pub struct DestinationReport {
     pub native: bool,
     /// Cost of finding pages by their content: upstream of a relay, if they arrived by RDMA.
     pub scan: Option<ScanReport>,
-    /// Figures of the faults at missing pages, if the source switched to postcopy.
+    /// Figures of the faults at missing pages, if the source switched to postcopy. At a relay no guest faults: only the
+    /// pages on the source's connection for urgent ones are counted.
     pub missing_pages: Option<MissingPages>,
     /// The figures.
     pub statistics: Statistics,

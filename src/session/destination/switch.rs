@@ -26,6 +26,8 @@ pub(super) struct Switch {
     relayed: Option<Relayed>,
     /// Where the source may connect again.
     next: SharedNext,
+    /// Where a relay's source makes its connection for urgent pages.
+    urgent: SharedNext,
     /// The embedder's descriptor for faults.
     handed_in: Option<MissingFaults>,
 }
@@ -39,6 +41,21 @@ impl Switch {
     /// Where the source may connect again.
     pub(super) fn next(&self) -> &SharedNext {
         &self.next
+    }
+
+    /// A relay's source may make a connection for urgent pages.
+    pub(super) fn takes_urgent_from(&self, connections: Connections) {
+        self.urgent.put(Some(connections));
+    }
+
+    /// Where a relay's source makes its connection for urgent pages.
+    pub(super) fn urgent(&self) -> &SharedNext {
+        &self.urgent
+    }
+
+    /// True if a source may make a connection for urgent pages.
+    pub(super) fn takes_urgent(&self) -> bool {
+        self.may_recover() || self.urgent.is_there()
     }
 
     /// Faults are to be served by this descriptor.
@@ -79,6 +96,10 @@ impl Switch {
 
     pub(super) fn relayed(&self) -> Option<&Relayed> {
         self.relayed.as_ref()
+    }
+
+    pub(super) fn relayed_mut(&mut self) -> Option<&mut Relayed> {
+        self.relayed.as_mut()
     }
 
     /// The package is whole.

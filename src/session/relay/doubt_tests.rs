@@ -32,7 +32,11 @@ pub(super) struct Noting(pub(super) Arc<Mutex<Vec<&'static str>>>, pub(super) bo
 impl Guard for Noting {
     fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
         assert!(held.far_end.is_some() && !held.source_is_native && !held.far_end_is_native);
-        self.0.lock().unwrap().push(if held.switched { "held after the switch" } else { "held" });
+        self.0.lock().unwrap().push(match (held.switched, held.urgent.len()) {
+            (false, 0) => "held",
+            (true, 0) => "held after the switch",
+            _ => "held after the switch, with another",
+        });
         if self.1 { Ok(()) } else { Err(io::Error::other("no process can be started")) }
     }
     fn release(&mut self) {
@@ -73,6 +77,7 @@ impl Running {
             incoming: DestinationSettings::default(),
             outgoing,
             urgent_came: false,
+            urgent: None,
             huge_pages: false,
             cancel: cancel.clone(),
             control: control.clone(),

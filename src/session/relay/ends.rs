@@ -13,9 +13,9 @@ use crate::error::Remedy;
 use crate::guest::{DeviceState, DirtySource, GuestControl, GuestMemory, PageObserver};
 use crate::observe::SharedStatistics;
 use crate::session::destination::{Incoming, IncomingObserver, Switched};
-use crate::session::source::{News, SourceGuest, SourceReport, SourceSession, Upstream};
+use crate::session::source::{News, Reconnect, SourceGuest, SourceReport, SourceSession, Upstream};
 use crate::session::{Error, PostcopySettings, SourceSettings};
-use crate::sys::{CancelToken, Lock as _, Stop, duplicate};
+use crate::sys::{CancelToken, Lock as _, duplicate};
 
 use super::forward::ForwardedPages;
 use super::hub::{Hub, Inner};
@@ -59,6 +59,8 @@ pub(super) struct Middle {
     pub(super) meter: Option<Meter>,
     /// The source has a connection for urgent pages, which nobody here reads.
     pub(super) urgent_came: bool,
+    /// Makes the far end's connection for urgent pages.
+    pub(super) urgent: Option<Box<dyn Reconnect>>,
     /// The source is told nothing any more.
     pub(super) silenced: Arc<AtomicBool>,
 }
@@ -114,7 +116,9 @@ impl Middle {
         settings.adopt(incoming);
         settings.all_dirty_at_start = false;
         if incoming.seen.postcopy_advised {
-            settings.postcopy = Some(PostcopySettings::new(PostcopyRule::OnCommand));
+            let mut postcopy = PostcopySettings::new(PostcopyRule::OnCommand);
+            postcopy.preempt = self.urgent.is_some();
+            settings.postcopy = Some(postcopy);
             settings.ram_section = section;
         }
         let finish_timeout = settings.finish_timeout;
@@ -136,7 +140,7 @@ impl Middle {
             control: Box::new(StateOfSource(Arc::clone(&self.hub))),
         };
         let spawner = settings.spawner.clone();
-        let session = SourceSession::new(guest, connection, settings)
+        let mut session = SourceSession::new(guest, connection, settings)
             .with_upstream(Box::new(FarSide {
                 hub: Arc::clone(&self.hub),
                 forwarded,
@@ -145,6 +149,9 @@ impl Middle {
             }))
             .with_cancel(self.cancel.clone())
             .with_statistics(self.left.clone());
+        if let Some(urgent) = self.urgent.take() {
+            session = session.with_reconnect(urgent);
+        }
         self.hub.far_side_starts(session.control());
         let (ended, hub) = (FarSideEnds(Arc::clone(&self.hub)), Arc::clone(&self.hub));
         let far_side = move || {
@@ -253,8 +260,8 @@ impl IncomingObserver for Middle {
         SwitchedSource(&self.hub).hand_on(switched)
     }
 
-    fn stop(&self) -> Stop {
-        Stop::on(&self.hub.source_ends())
+    fn source_ends(&self) -> CancelToken {
+        self.hub.source_ends()
     }
 
     fn all_came(&mut self) -> Result<(), Error> {
@@ -279,6 +286,10 @@ impl IncomingObserver for Middle {
         taken && !inner.has(RelayAction::TellFailed)
     }
 
+    fn has_moved(&self) -> bool {
+        self.hub.lock().has(RelayAction::TellRunning)
+    }
+
     fn why_ended(&self) -> Option<Error> {
         why_ended(&self.hub.lock())
     }
@@ -287,9 +298,13 @@ impl IncomingObserver for Middle {
 /// The source would send urgent pages on a connection of their own.
 fn no_urgent_channel() -> Error {
     Error::Config {
-        what: "a second connection came with the source's, which is for urgent pages (postcopy-preempt): a relay can't pass them on"
+        what: "a second connection came with the source's, which is for urgent pages (postcopy-preempt), and this relay takes \
+               none"
             .into(),
-        remedy: Remedy::Advice("turn postcopy-preempt off at both ends; postcopy-ram may stay on"),
+        remedy: Remedy::Advice(
+            "give the relay connections for them (--postcopy-preempt), or turn postcopy-preempt off at both ends; \
+             postcopy-ram may stay on",
+        ),
     }
 }
 

@@ -17,13 +17,16 @@ pub struct Held<'a> {
     pub far_end_is_native: bool,
     /// The source has switched to postcopy: what the guest misses at the far end is only at the source.
     pub switched: bool,
+    /// From the source, on which nothing has come: one of them is its connection for urgent pages (QEMU:
+    /// postcopy-preempt), and the end of that one counts for the source as the end of `source` does. None without a switch.
+    pub urgent: &'a [BorrowedFd<'a>],
 }
 
 /// Holds a source's connection while its guest may run at the far end, even if the relay's process dies.
 ///
 /// A QEMU that has handed over its guest and whose connection closes without an answer resumes the guest. If a relay
 /// dies between COMMIT and the far end's answer, that guest may then run twice. So another process must keep the
-/// connection open by then. It receives duplicates of the descriptors (they can be sent over a UNIX socket), and keeps
+/// connections open by then. It receives duplicates of the descriptors (they can be sent over a UNIX socket), and keeps
 /// them until the far end answers, the source has disconnected, or an operator has decided.
 pub trait Guard: Send {
     /// The guest is handed over when this returns. It must not take long: the guest is paused.

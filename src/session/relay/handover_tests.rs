@@ -69,6 +69,7 @@ fn relayed(
         incoming,
         outgoing: SourceSettings::new(Configuration::default()),
         urgent_came: false,
+        urgent: None,
         huge_pages: false,
         cancel: crate::sys::CancelToken::default(),
         control: RelayControl::default(),

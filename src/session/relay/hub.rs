@@ -63,6 +63,8 @@ pub(in crate::session) struct Inner {
 struct Side {
     native: bool,
     connection: Option<OwnedFd>,
+    /// Other connections, of which one is the source's for urgent pages.
+    urgent: Vec<OwnedFd>,
 }
 
 impl Default for Inner {
@@ -172,12 +174,17 @@ impl Inner {
             notices.push(Notice::NotGuarded);
             return RelayEvent::Guarded;
         };
+        let urgent: Vec<_> = match self.breakage.is(Breakage::LeaveUrgentUnguarded) {
+            true => Vec::new(),
+            false => self.source.urgent.iter().map(AsFd::as_fd).collect(),
+        };
         let held = Held {
             source: source.as_fd(),
             source_is_native: self.source.native,
             far_end: self.far_end.connection.as_ref().map(AsFd::as_fd),
             far_end_is_native: self.far_end.native,
             switched: self.engine.has_switched(),
+            urgent: &urgent,
         };
         match guarded("holding the source's connection", || guard.hold(&held)) {
             Ok(Ok(())) => RelayEvent::Guarded,
@@ -203,6 +210,7 @@ impl Inner {
 
     fn release(&mut self) {
         (self.source.connection, self.far_end.connection, self.told) = (None, None, None);
+        self.source.urgent.clear();
         let Some(mut guard) = self.guard.take() else { return };
         quietly("releasing the source's connection", || guard.release());
     }
@@ -274,6 +282,7 @@ impl Hub {
         let waits = switched.waits;
         let mut inner = self.lock();
         inner.device_state = Some(std::mem::take(&mut switched.state));
+        inner.source.urgent = std::mem::take(&mut switched.urgent);
         inner.switched = Some(switched);
         drop(inner);
         self.post(RelayEvent::Switched { waits });

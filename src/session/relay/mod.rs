@@ -30,6 +30,8 @@ mod postcopy;
 #[cfg(test)]
 mod postcopy_tests;
 #[cfg(test)]
+mod preempt_tests;
+#[cfg(test)]
 mod session_tests;
 mod source_side;
 
@@ -48,10 +50,10 @@ use crate::sys::{CancelToken, Lock as _, Mapping, duplicate, memory_room};
 use crate::units::PageSize;
 
 use crate::session::destination::{
-    DestinationGuest, DestinationReport, DestinationSession, Incoming, MemoryProvider,
+    DestinationGuest, DestinationReport, DestinationSession, Incoming, MemoryProvider, NextConnection,
 };
 use crate::session::handle::CancelReply;
-use crate::session::source::SourceReport;
+use crate::session::source::{Reconnect, SourceReport};
 use crate::session::{
     Breakage, Control, DestinationConnection, DestinationSettings, Error, SourceConnection, SourceSettings,
 };
@@ -187,6 +189,15 @@ impl RelayControl {
     }
 }
 
+/// Connections on which pages go that a thread waits for, after a switch to postcopy (QEMU: postcopy-preempt at both
+/// ends).
+pub struct UrgentConnections {
+    /// From the guest's source: its second connection, and whatever else connects. Called until the migration has ended.
+    pub from_source: Box<dyn NextConnection>,
+    /// To the far end.
+    pub to_far_end: Box<dyn Reconnect>,
+}
+
 /// A relay before it runs.
 pub struct Relay {
     /// To the guest's own source.
@@ -201,8 +212,11 @@ pub struct Relay {
     /// Settings for the far side; completed with the upstream's announcements.
     pub outgoing: SourceSettings,
     /// A second connection of the source came behind the first, on which it would send urgent pages (QEMU 7.2:
-    /// postcopy-preempt). A relay can't take it: a source that may switch is refused then.
+    /// postcopy-preempt), and `urgent` is not set: a source that may switch is refused then.
     pub urgent_came: bool,
+    /// Connections for urgent pages, on both sides: the far end must expect one (QEMU: postcopy-preempt). A source without
+    /// one is taken as well: its urgent pages then come with the others. `None`: neither side has one.
+    pub urgent: Option<UrgentConnections>,
     /// Request huge pages for the guest's RAM ([`Mapping::advise_huge_pages`]).
     pub huge_pages: bool,
     /// Ends the relay before the guest is requested; the guest then stays at its source.
@@ -232,6 +246,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         incoming,
         outgoing,
         urgent_came,
+        urgent,
         huge_pages,
         cancel,
         control,
@@ -239,6 +254,10 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         notice,
         statistics,
     } = relay;
+    let (urgent_source, urgent) = match urgent {
+        Some(UrgentConnections { from_source, to_far_end }) => (Some(from_source), Some(to_far_end)),
+        None => (None, None),
+    };
     let hub = control.0;
     hub.begin(Parts {
         downtime_limit: outgoing.downtime_limit,
@@ -279,9 +298,13 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         forwarded: None,
         meter: None,
         urgent_came,
+        urgent,
         silenced: Arc::clone(&silenced),
     };
     session = session.with_incoming_observer(Box::new(middle));
+    if let Some(next) = urgent_source {
+        session = session.with_urgent_connection(next);
+    }
     session.break_order(breakage);
     let mut received = session.run();
     received.error = received.error.map(NotTaken::told);

@@ -10,14 +10,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::doubt_tests::Noting;
-use crate::engine::{Outcome, RelayEnding};
+use crate::engine::{Ending, Outcome, RelayEnding};
 use crate::guest::GuestMemory;
 use crate::observe::SharedStatistics;
 use crate::session::tests::plain;
 use crate::session::tests::qemu_peer::{encoded, page_of_block0, page_of_postcopy, start_with};
 use crate::session::{
     DestinationConnection, DestinationSettings, Notice, Peer, Relay, RelayControl, RelayReport,
-    SourceConnection, SourceSettings,
+    SourceConnection, SourceSettings, UrgentConnections,
 };
 use crate::stream::qemu::command::{Command, encode_discards};
 use crate::stream::qemu::file::Configuration;
@@ -29,7 +29,7 @@ use crate::sys::{CancelToken, RecvPart, Stop};
 use crate::transport::{ByteSource, ChannelError, InlineLink, ReadHints};
 
 /// Longest wait of any kind; exceeding it is a failure.
-const WAIT: Duration = Duration::from_secs(60);
+pub(super) const WAIT: Duration = Duration::from_secs(60);
 
 /// The connection from the source, and whether its silence is allowed.
 struct Hinted(Box<dyn ByteSource>, Arc<AtomicBool>);
@@ -48,11 +48,11 @@ impl ByteSource for Hinted {
     }
 }
 
-struct Running {
-    source: UnixStream,
-    far: UnixStream,
+pub(super) struct Running {
+    pub(super) source: UnixStream,
+    pub(super) far: UnixStream,
     control: RelayControl,
-    guard: Arc<Mutex<Vec<&'static str>>>,
+    pub(super) guard: Arc<Mutex<Vec<&'static str>>>,
     may_be_silent: Arc<AtomicBool>,
     notices: Arc<Mutex<Vec<Notice>>>,
     relay: JoinHandle<RelayReport>,
@@ -65,7 +65,7 @@ fn command(command: Command<'_>) -> Vec<u8> {
 }
 
 /// The end of the section of pages, and of the stream.
-fn end() -> Vec<u8> {
+pub(super) fn end() -> Vec<u8> {
     let mut out = Vec::new();
     encode_end(2, &mut out);
     out.extend_from_slice(&ram::EOS_RECORD);
@@ -82,7 +82,7 @@ fn discards() -> Vec<u8> {
     out
 }
 
-fn wait_until(holds: impl Fn() -> bool) {
+pub(super) fn wait_until(holds: impl Fn() -> bool) {
     let deadline = std::time::Instant::now() + WAIT;
     while !holds() {
         assert!(std::time::Instant::now() < deadline);
@@ -98,6 +98,10 @@ impl Running {
 
     /// `waits`: the source waits for the answer that its guest was taken.
     fn begin_with(waits: bool) -> Self {
+        Self::begin_over(waits, None)
+    }
+
+    fn begin_over(waits: bool, urgent: Option<UrgentConnections>) -> Self {
         let [(source, upstream), (downstream, far)] = [(); 2].map(|()| UnixStream::pair().unwrap());
         let connect = {
             let downstream = downstream.try_clone().unwrap();
@@ -120,6 +124,7 @@ impl Running {
             incoming,
             outgoing,
             urgent_came: false,
+            urgent,
             huge_pages: false,
             cancel: CancelToken::default(),
             control: control.clone(),
@@ -157,7 +162,13 @@ impl Running {
     }
 
     fn given_by(waits: bool) -> Self {
-        let mut running = Self::begin_with(waits);
+        Self::given_over(waits, None)
+    }
+
+    pub(super) fn given_over(waits: bool, urgent: Option<UrgentConnections>) -> Self {
+        let held =
+            if urgent.is_some() { "held after the switch, with another" } else { "held after the switch" };
+        let mut running = Self::begin_over(waits, urgent);
         let mut end = b"devices".to_vec();
         end.extend([command(Command::Ping(3)), command(Command::Ping(0x42))].concat());
         let got = running.far_gets(&end);
@@ -170,37 +181,41 @@ impl Running {
         running.far_says(&[Message::Pong(2)]);
         let run = [command(Command::PostcopyRun), command(Command::Ping(4))].concat();
         assert_eq!(running.far_gets(&run), run);
-        assert_eq!(*running.guard.lock().unwrap(), if waits { &["held after the switch"][..] } else { &[] });
+        let calls = if waits { vec![held] } else { Vec::new() };
+        assert_eq!(*running.guard.lock().unwrap(), calls);
         running.source_is_told(&[Message::Pong(4)]);
         running
     }
 
     /// The far end has taken the guest, which the source knows.
     fn taken() -> Self {
-        let mut running = Self::given();
-        running.far_says(&[Message::Pong(3), Message::Pong(0x42)]);
-        running.source_is_told(&[Message::Pong(3), Message::Pong(0x42)]);
-        wait_until(|| running.guard.lock().unwrap().contains(&"released"));
-        running
+        Self::given().takes()
     }
 
-    fn far_says(&mut self, words: &[Message<'_>]) {
+    pub(super) fn takes(mut self) -> Self {
+        self.far_says(&[Message::Pong(3), Message::Pong(0x42)]);
+        self.source_is_told(&[Message::Pong(3), Message::Pong(0x42)]);
+        wait_until(|| self.guard.lock().unwrap().contains(&"released"));
+        self
+    }
+
+    pub(super) fn far_says(&mut self, words: &[Message<'_>]) {
         words.iter().for_each(|word| self.far.write_all(&encoded(*word)).unwrap());
     }
 
-    fn source_is_told(&mut self, words: &[Message<'_>]) {
+    pub(super) fn source_is_told(&mut self, words: &[Message<'_>]) {
         let expected: Vec<u8> = words.iter().flat_map(|word| encoded(*word)).collect();
         let mut told = vec![0; expected.len()];
         self.source.read_exact(&mut told).unwrap();
         assert_eq!(told, expected, "{words:?}");
     }
 
-    fn source_sends(&mut self, bytes: &[u8]) {
+    pub(super) fn source_sends(&mut self, bytes: &[u8]) {
         self.source.write_all(bytes).unwrap();
     }
 
     /// Reads what the far end receives, up to `end`.
-    fn far_gets(&mut self, end: &[u8]) -> Vec<u8> {
+    pub(super) fn far_gets(&mut self, end: &[u8]) -> Vec<u8> {
         let (mut read, mut byte) = (Vec::new(), [0]);
         while !read.ends_with(end) {
             self.far.read_exact(&mut byte).unwrap();
@@ -210,7 +225,7 @@ impl Running {
     }
 
     /// What the source has received when the relay has ended, and its report.
-    fn ended(mut self) -> (Vec<u8>, RelayReport) {
+    pub(super) fn ended(mut self) -> (Vec<u8>, RelayReport) {
         let report = self.relay.join().unwrap();
         let mut told = Vec::new();
         self.source.read_to_end(&mut told).unwrap();
@@ -309,6 +324,23 @@ fn a_connection_that_is_lost_after_the_guest_was_taken_leaves_both_ends_as_they_
         (&far).read_to_end(&mut rest).unwrap();
         assert!(!rest.ends_with(&end()), "{lost}: the far end takes it for whole");
     }
+}
+
+/// The far end has all pages, and has reported it: what the source's stream holds behind its last page, a fault too, does
+/// not keep that report from the source, which may take its guest back without it.
+#[test]
+fn a_source_whose_stream_breaks_after_its_last_page_is_told_that_the_guest_has_moved() {
+    let mut running = Running::taken();
+    running.source_sends(&page_of_postcopy("block0", 4096, 6));
+    running.source_sends(&page_of_postcopy("block1", 0, 8));
+    running.source_sends(&page_of_postcopy("block1", 4096, 9));
+    running.far_gets(&end());
+    running.far_says(&[Message::Shut { status: 0 }]);
+    wait_until(|| running.control.ending() == RelayEnding::Running);
+    running.source_sends(b"this is no stream");
+    let (told, report) = running.ended();
+    assert_eq!((told, report.ending), (encoded(Message::Shut { status: 0 }), RelayEnding::Running));
+    assert!(report.received.error.is_none() && report.received.ending == Ending::Running);
 }
 
 /// A source that has gone may have taken its guest back: RUN is not passed on, however ready the far end is.

@@ -290,6 +290,7 @@ fn relayed(breakage: Breakage, waits: bool) -> Relayed {
         incoming: DestinationSettings::default(),
         outgoing: SourceSettings::new(Configuration::default()),
         urgent_came: false,
+        urgent: None,
         huge_pages: true,
         cancel: CancelToken::default(),
         control: RelayControl::default(),

@@ -288,6 +288,12 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         | Breakage::AskNobody
         | Breakage::EndWithoutSource
         | Breakage::GiveToGone
+        | Breakage::LeaveUrgentUnguarded
+        | Breakage::ReportUrgentEarly
+        | Breakage::EndWithMain
+        | Breakage::EndBeforeUrgent
+        | Breakage::LoseRequested
+        | Breakage::PartWhenMoved
         | Breakage::TrustUnasked
         | Breakage::ScanBeforeFinish => &[],
         // Of lost connections: `resume`.

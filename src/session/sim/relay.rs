@@ -12,6 +12,7 @@ mod ends;
 mod plan;
 mod postcopy;
 mod sides;
+mod urgent;
 
 use self::ends::{Far, Source};
 use self::plan::{FarKind, Fault, Plan};
@@ -80,7 +81,12 @@ impl World {
             }
             match self.rng.below(4) {
                 0 => self.source_steps(),
-                1 => self.near_steps(),
+                1 => {
+                    self.near_steps();
+                    if self.plan.preempt && self.rng.one_in(2) {
+                        self.urgent_steps();
+                    }
+                }
                 2 => self.far_side_steps(),
                 _ => self.far_steps(),
             }
@@ -126,6 +132,7 @@ impl World {
                 self.source.dies();
             }
             Some(Fault::SourceCut) => self.source_is_cut(),
+            Some(Fault::UrgentCut) => self.urgent_is_cut(),
         }
     }
 
@@ -133,6 +140,11 @@ impl World {
         self.saw("source cut off");
         let ran = self.source.runs;
         self.source.is_cut();
+        self.took_back(ran);
+    }
+
+    /// The source has lost a connection; before that it `ran` the guest or not.
+    fn took_back(&mut self, ran: bool) {
         let given = self.relay.as_ref().is_some_and(|relay| relay.has(RelayAction::GiveAway));
         let back = self.source.runs && !ran;
         self.taken_back = given && back;
@@ -148,6 +160,7 @@ impl World {
     fn relay_ends(&mut self) {
         let Some(relay) = self.relay.take() else { return };
         self.guarded = relay.is_held();
+        self.source.post.urgent.is_held = self.guarded && relay.holds_urgent();
         self.far.stream_ends();
         if !self.guarded {
             self.source.connection_ends();
@@ -263,7 +276,7 @@ fn run_seed(seed: u64, breakage: Breakage) -> World {
 }
 
 /// What the seeds of a test run must reach.
-const ALL: [&str; 24] = [
+const ALL: [&str; 29] = [
     "runs at the far end",
     "runs at the source",
     "relay killed",
@@ -288,6 +301,11 @@ const ALL: [&str; 24] = [
     "source took its guest back from postcopy",
     "given away unasked, and runs nowhere",
     "source kept its guest unasked",
+    "urgent page placed",
+    "the end came before urgent pages",
+    "an urgent page left as such",
+    "connection for urgent pages lost",
+    "an urgent page was sent to the guard",
 ];
 
 #[test]
@@ -312,7 +330,13 @@ fn symptoms(order: Breakage) -> &'static [&'static str] {
         Breakage::AskNobody => &["waits for a page that nobody was asked for"],
         Breakage::GiveToGone => &["runs twice"],
         Breakage::TrustUnasked => &["runs nowhere is said to be at its source"],
-        Breakage::EndWithoutSource => &["ended while pages were missing"],
+        Breakage::EndWithoutSource | Breakage::EndWithMain => &["ended while pages were missing"],
+        Breakage::LeaveUrgentUnguarded | Breakage::PartWhenMoved => &["runs twice"],
+        Breakage::ReportUrgentEarly => &["a page that is older"],
+        Breakage::EndBeforeUrgent => &["the guest is not whole at the far end"],
+        Breakage::LoseRequested => {
+            &["waits for a page that nobody was asked for", "is not whole at the far end"]
+        }
         _ => &[],
     }
 }

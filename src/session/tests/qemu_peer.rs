@@ -242,6 +242,7 @@ fn s20_a_dirty_bitmap_goes_through_a_relay_also_where_it_stands_between_pages() 
         incoming: DestinationSettings::default(),
         outgoing: SourceSettings::new(Configuration::default()),
         urgent_came: false,
+        urgent: None,
         huge_pages: false,
         cancel: CancelToken::default(),
         control: RelayControl::default(),

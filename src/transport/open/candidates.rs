@@ -133,6 +133,11 @@ impl Candidates {
         !self.waiting.is_empty()
     }
 
+    /// Gives up waiting for the first word of the connection that was silent longest.
+    pub(crate) fn take_silent(&mut self) -> Option<StreamChannel> {
+        self.waiting.pop_front().map(|candidate| candidate.channel)
+    }
+
     /// Waits for a connection that begins with one of `wanted`. At most `expected` of these and a bounded number of
     /// others are held at a time; when there are too many, the one that was silent longest is closed.
     ///

@@ -101,12 +101,16 @@ impl Listener {
         self.endpoint.accept_connection(&mut self.candidates, options, stop)
     }
 
-    /// Waits for the next connection that is a byte stream, whatever it sends.
+    /// Waits for the next connection that is a byte stream, whatever it sends. One that has come beside the first of a
+    /// source, and has said nothing, is the next.
     ///
     /// # Errors
     /// [`OpenError`]; [`OpenError::OnlyOne`] at the second call where the address is one stream.
     pub fn accept(&mut self, options: &StreamOptions, stop: &Stop) -> Result<StreamChannel, OpenError> {
-        self.endpoint.accept(options, stop)
+        match self.candidates.take_silent() {
+            Some(silent) => Ok(silent),
+            None => self.endpoint.accept(options, stop),
+        }
     }
 
     /// True if other connections have come that have not said what they are: those of a stranger, or a source's

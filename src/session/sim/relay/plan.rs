@@ -30,6 +30,8 @@ pub(super) enum Fault {
     SourceDies,
     /// Its connection breaks; it lives, and what it has sent still arrives.
     SourceCut,
+    /// Its connection for urgent pages breaks.
+    UrgentCut,
     Cancel,
 }
 
@@ -62,6 +64,8 @@ pub(super) struct Plan {
     pub(super) answer_takes: u64,
     /// The page that the far end touches while it loads the device state.
     pub(super) loads: usize,
+    /// In postcopy requested pages travel on connections of their own.
+    pub(super) preempt: bool,
 }
 
 impl Plan {
@@ -92,13 +96,22 @@ impl Plan {
             lazy: false,
             answer_takes: 1,
             loads: 0,
+            preempt: false,
         };
-        plan.or_postcopy(&mut rng).or_cut(&mut rng)
+        plan.or_postcopy(&mut rng).or_cut(&mut rng).or_preempt(&mut rng)
     }
 
     fn or_cut(mut self, rng: &mut Rng) -> Self {
         if self.fault == Some(Fault::SourceDies) && rng.one_in(2) {
             self.fault = Some(Fault::SourceCut);
+        }
+        self
+    }
+
+    fn or_preempt(mut self, rng: &mut Rng) -> Self {
+        self.preempt = self.switch.is_some() && !rng.one_in(3);
+        if self.preempt && self.fault == Some(Fault::SourceCut) && rng.one_in(2) {
+            self.fault = Some(Fault::UrgentCut);
         }
         self
     }

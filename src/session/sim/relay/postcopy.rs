@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use super::ends::{Item, ROOM};
 use super::plan::{FarKind, Plan};
 use super::sides::{FarSide, Near, Relay};
+use super::urgent::{RelayUrgent, SourceUrgent};
 use super::{PAGES, World};
 use crate::engine::{FarEnd, Handover, RelayAction, RelayEvent};
 use crate::ram::{PageRun, PageSet};
@@ -20,7 +21,7 @@ const PATIENCE: u64 = 1800;
 /// All pages.
 const ALL: u64 = (1 << PAGES) - 1;
 
-fn bit(page: usize) -> u64 {
+pub(super) fn bit(page: usize) -> u64 {
     1 << page
 }
 
@@ -45,6 +46,8 @@ pub(super) struct SourcePost {
     on_its_way: bool,
     pub(super) taken: bool,
     ended: bool,
+    /// Its connection for urgent pages.
+    pub(super) urgent: SourceUrgent,
 }
 
 impl SourcePost {
@@ -82,6 +85,8 @@ pub(super) struct FarPost {
     pub(super) complete: bool,
     /// Its connection is broken: nothing that it says is heard.
     cut: bool,
+    /// On its connection for urgent pages.
+    pub(super) urgent: VecDeque<Item>,
 }
 
 impl FarPost {
@@ -101,6 +106,7 @@ impl FarPost {
             ended: false,
             complete: false,
             cut: false,
+            urgent: VecDeque::new(),
         }
     }
 
@@ -123,8 +129,11 @@ impl FarPost {
 pub(super) struct RelayPost {
     /// The source's package is here.
     pub(super) switched: bool,
-    discards: u64,
-    owed: Owed,
+    pub(super) discards: u64,
+    /// Pages that came behind the switch.
+    pub(super) arrived: u64,
+    pub(super) owed: Owed,
+    pub(super) urgent: RelayUrgent,
     told_taken: bool,
     source_knows: bool,
     ended: bool,
@@ -146,13 +155,20 @@ impl World {
         if self.rng.one_in(self.plan.answer_takes) {
             source.post.hears();
         }
-        if source.closed || !source.post.switched || source.wire.len() >= ROOM {
+        let has_room = source.wire.len() < ROOM && source.post.urgent.has_room();
+        if source.closed || !source.post.switched || !has_room {
             return;
         }
         let post = &mut source.post;
-        let asked = std::iter::from_fn(|| post.asked.pop_front()).find(|page| post.owed.contains(page));
+        // A request is on its way about as long as an answer, in the plans that have connections for urgent pages.
+        let hears = !self.plan.preempt || self.rng.one_in(self.plan.answer_takes.min(10));
+        let mut heard = std::iter::from_fn(|| hears.then(|| post.asked.pop_front()).flatten());
+        let asked = heard.find(|page| post.owed.contains(page));
         let background = || post.owed.first().copied().filter(|_| !self.plan.lazy || self.now >= LAZY_UNTIL);
-        if let Some(page) = asked.or_else(background) {
+        if let Some(page) = asked.filter(|_| self.plan.preempt) {
+            post.owed.retain(|owed| *owed != page);
+            self.source_sends_urgent(page);
+        } else if let Some(page) = asked.or_else(background) {
             post.owed.retain(|owed| *owed != page);
             source.wire.push_back(Item::Page(page, source.memory[page]));
         } else if post.owed.is_empty() && (post.taken || post.old) && !post.ended {
@@ -175,15 +191,17 @@ impl World {
                 pages_of(relay.post.discards).for_each(|page| _ = owed.add(run_of(page)));
                 relay.forwarded.switch();
                 relay.post.switched = true;
+                let urgent = relay.urgent_descriptors(self.plan.preempt);
                 relay.hub.source_has_switched(Switched {
                     state: Vec::new(),
                     owed,
                     waits: !self.plan.old,
                     source: None,
+                    urgent,
                 });
                 relay.near = Near::AwaitsGiving;
             }
-            _ => relay.near = Near::AwaitsEnd,
+            _ => self.near_reads_end(relay),
         }
     }
 
@@ -194,6 +212,8 @@ impl World {
                 self.saw("whole in postcopy");
                 self.near_ends(relay, Some(true));
             }
+            Near::AwaitsUrgent if relay.all_came() => relay.near = Near::AwaitsEnd,
+            Near::Settling => self.near_settles(relay),
             _ => _ = self.near_is_over(relay),
         }
     }
@@ -281,6 +301,7 @@ impl World {
             for came in relay.post.owed.came(run) {
                 let pages = (came.run.first.0..came.run.end().0).map(|page| page as usize);
                 pages.for_each(|page| match came.asked {
+                    true if self.plan.preempt => relay.post.urgent.asked.push_back(page),
                     true => relay.dirty.push_front(page),
                     false => relay.dirty.push_back(page),
                 });
@@ -300,7 +321,11 @@ impl World {
                 None => {
                     if let Some(at) = relay.dirty.iter().position(|dirty| *dirty == page) {
                         relay.dirty.remove(at);
-                        relay.dirty.push_front(page);
+                        match relay.breakage {
+                            Breakage::LoseRequested => {}
+                            _ if self.plan.preempt => relay.post.urgent.asked.push_back(page),
+                            _ => relay.dirty.push_front(page),
+                        }
                     }
                 }
             }
@@ -308,10 +333,12 @@ impl World {
     }
 
     fn send_missing(&mut self, relay: &mut Relay) {
-        if !self.far.has_room() {
+        if self.sends_urgent(relay) || !self.far.has_room() {
             return;
         }
-        let all = relay.post.owed.left() == 0 || relay.breakage == Breakage::EndWithoutSource;
+        let all = relay.post.owed.left() == 0
+            || relay.breakage == Breakage::EndWithoutSource
+            || relay.breakage == Breakage::EndWithMain && relay.near == Near::AwaitsUrgent;
         if let Some(page) = relay.dirty.pop_front() {
             relay.left += 1;
             self.far.wire.push_back(Item::Page(page, relay.memory[page]));
@@ -337,7 +364,10 @@ impl World {
     }
 
     pub(super) fn far_behind_switch(&mut self) {
-        match self.far.wire.pop_front() {
+        let urgent = self.plan.preempt && self.far.committed && self.rng.one_in(2);
+        let far = &mut self.far;
+        let next = if urgent { far.post.urgent.pop_front() } else { None };
+        match next.or_else(|| far.wire.pop_front()) {
             Some(Item::Page(page, value)) => {
                 let newest = value == self.source.memory[page];
                 self.must(newest, "a page that is older than a discard came after it");
@@ -347,7 +377,9 @@ impl World {
             }
             Some(Item::Commit) => self.far.committed = self.far.post.package,
             Some(Item::End) => {
-                self.must(self.far.post.present == ALL, "the stream ended while pages were missing");
+                let under_way = self.urgent_under_way();
+                let all = self.far.post.present | under_way == ALL;
+                self.must(all, "the stream ended while pages were missing");
                 self.far.post.ended = true;
             }
             Some(item) => self.far_switches(item),
@@ -415,6 +447,7 @@ impl World {
         }
         (self.far.ended, self.far.post.cut) = (true, true);
         self.far.wire.clear();
+        self.far.post.urgent.clear();
         self.far.answers_close();
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::ends::Item;
 use super::plan::FarKind;
-use super::postcopy::RelayPost;
+use super::postcopy::{RelayPost, bit};
 use super::{MAX_AHEAD, PAGES, World};
 use crate::engine::{FarEnd, Handover, RelayAction, RelayEnding, RelayEvent, Traffic};
 use crate::guest::DirtySource;
@@ -36,15 +36,19 @@ impl Clock for Steps {
 }
 
 /// Another process, which holds the passed connections.
-struct Holding(Arc<AtomicBool>);
+struct Holding {
+    source: Arc<AtomicBool>,
+    urgent: Arc<AtomicBool>,
+}
 
 impl Guard for Holding {
-    fn hold(&mut self, _: &Held<'_>) -> io::Result<()> {
-        self.0.store(true, Ordering::Relaxed);
+    fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
+        self.source.store(true, Ordering::Relaxed);
+        self.urgent.store(!held.urgent.is_empty(), Ordering::Relaxed);
         Ok(())
     }
     fn release(&mut self) {
-        self.0.store(false, Ordering::Relaxed);
+        self.source.store(false, Ordering::Relaxed);
     }
 }
 
@@ -59,8 +63,12 @@ pub(super) enum Near {
     AwaitsAnswer,
     /// Postcopy: the package is here.
     AwaitsGiving,
+    /// Postcopy: the source's stream has ended, and urgent pages are under way.
+    AwaitsUrgent,
     /// Postcopy: the source's last page is here.
     AwaitsEnd,
+    /// Postcopy: it has failed, and waits until it is decided who has the guest.
+    Settling,
     Ended,
 }
 
@@ -85,6 +93,7 @@ pub(super) struct Relay {
     pub(super) hub: Arc<Hub>,
     clock: Arc<AtomicU64>,
     held: Arc<AtomicBool>,
+    held_urgent: Arc<AtomicBool>,
     pub(super) breakage: Breakage,
     pub(super) table: RamBlockTable,
     pub(super) forwarded: ForwardedPages,
@@ -103,9 +112,11 @@ impl Relay {
     pub(super) fn new(breakage: Breakage) -> Self {
         let block = RamBlock::new(BlockName::new("ram").unwrap(), PAGES as u64 * 4096);
         let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
-        let (hub, clock, held) = (Arc::new(Hub::default()), Arc::new(AtomicU64::new(0)), Arc::default());
+        let (hub, clock) = (Arc::new(Hub::default()), Arc::new(AtomicU64::new(0)));
+        let (held, held_urgent) = <(Arc<AtomicBool>, Arc<AtomicBool>)>::default();
         let (source, ours) = UnixStream::pair().unwrap();
-        let guard = (breakage != Breakage::LeaveUnguarded).then(|| Box::new(Holding(Arc::clone(&held))) as _);
+        let holding = Holding { source: Arc::clone(&held), urgent: Arc::clone(&held_urgent) };
+        let guard = (breakage != Breakage::LeaveUnguarded).then(|| Box::new(holding) as _);
         hub.begin(Parts {
             downtime_limit: Duration::from_millis(300),
             guard,
@@ -121,6 +132,7 @@ impl Relay {
             hub,
             clock,
             held,
+            held_urgent,
             breakage,
             forwarded: ForwardedPages::new(&table),
             table,
@@ -137,6 +149,10 @@ impl Relay {
 
     pub(super) fn is_held(&self) -> bool {
         self.held.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn holds_urgent(&self) -> bool {
+        self.held_urgent.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_in_doubt(&self) -> bool {
@@ -183,7 +199,7 @@ impl Relay {
         self.hub.lock().has(action)
     }
 
-    fn mark(&self, page: usize) {
+    pub(super) fn mark(&self, page: usize) {
         self.forwarded.mark(PageRun { block: BlockIndex(0), first: PageIndex(page as u64), pages: 1 });
     }
 
@@ -231,7 +247,9 @@ impl World {
     fn near(&mut self, relay: &mut Relay) {
         match relay.near {
             Near::Ended => {}
-            Near::AwaitsGiving | Near::AwaitsEnd => self.near_behind_switch(relay),
+            Near::AwaitsGiving | Near::AwaitsUrgent | Near::AwaitsEnd | Near::Settling => {
+                self.near_behind_switch(relay);
+            }
             Near::Reading if relay.post.switched => {
                 if !self.near_is_over(relay) {
                     self.near_reads(relay);
@@ -241,6 +259,9 @@ impl World {
             Near::Reading => self.near_reads(relay),
             Near::Writing(page, value) => {
                 relay.memory[page] = value;
+                if relay.post.switched {
+                    relay.post.arrived |= bit(page);
+                }
                 if relay.breakage != Breakage::MarkBeforeCopy {
                     relay.mark(page);
                 }

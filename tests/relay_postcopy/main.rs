@@ -2,7 +2,9 @@
 //! is missing there, and what the relay does not have comes from its source.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod preempt;
 
 use std::path::Path;
 use std::time::Duration;
@@ -25,7 +27,12 @@ const POSTCOPY: [&str; 1] = ["postcopy-ram"];
 const PREEMPT: [&str; 2] = ["postcopy-ram", "postcopy-preempt"];
 
 fn relay(dir: &Path, far: &str) -> Ramwire {
-    Ramwire::start(dir, &["relay", "--json", "--listen", "tcp:127.0.0.1:0", "--connect"], far)
+    relay_with(dir, &[], far)
+}
+
+fn relay_with(dir: &Path, options: &[&str], far: &str) -> Ramwire {
+    let arguments = ["relay", "--json", "--listen", "tcp:127.0.0.1:0"];
+    Ramwire::start(dir, &[&arguments[..], options, &["--connect"]].concat(), far)
 }
 
 /// So slow that a switch finds most memory at the source, and the guest waits for it after the switch.
@@ -56,33 +63,66 @@ fn wait_migration_status(qemu: &mut Qemu, wanted: &str) {
     }
 }
 
+/// A live guest's source and destination, which may switch.
+struct Live {
+    dir: tempfile::TempDir,
+    consoles: [Console; 2],
+    source: Qemu,
+    destination: Qemu,
+    far: String,
+}
+
+impl Live {
+    fn start(
+        images: &Images,
+        machine: Machine,
+        (from, to): (Version, Version),
+        capabilities: &[&str],
+    ) -> Self {
+        let dir = scratch();
+        let consoles = ["source", "destination"]
+            .map(|name| Console::new(dir.path().join(name).with_extension("console")));
+        let guest = |version, name: &str, console| -> Guest {
+            let ram = dir.path().join(name).with_extension("ram");
+            writer::guest(images, version, machine, LOAD, &ram, console)
+        };
+        let mut source = guest(from, "source", &consoles[0]).start(dir.path(), "source");
+        let mut destination =
+            guest(to, "destination", &consoles[1]).incoming().start(dir.path(), "destination");
+        consoles[0].wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
+        source.set_capabilities(capabilities);
+        destination.set_capabilities(capabilities);
+        slow(&mut source, 24 << 20);
+        let far = destination.listen_tcp();
+        Self { dir, consoles, source, destination, far }
+    }
+
+    /// The source has switched: waits until the guest runs at the destination.
+    fn runs_there(&self, what: &str) {
+        let left = self.consoles[0].ticks().last().copied().unwrap();
+        self.consoles[1].wait_tick(what, Deadline::seconds(120), |tick| tick.number > left.number + 1);
+    }
+
+    /// All memory has come: the guest finds what it has written.
+    fn is_unbroken(&self, what: &str) {
+        let moved = self.consoles[1].ticks().last().copied().unwrap();
+        self.consoles[1].wait_tick(what, Deadline::seconds(120), |tick| tick.passes >= moved.passes + 2);
+        assert_unbroken(&[&self.consoles[0], &self.consoles[1]]);
+    }
+}
+
 /// A live guest switches to postcopy, directly or through a relay; returns the source's figures and the relay's.
 fn migrate_live(images: &Images, from: Version, to: Version, relayed: bool) -> (Value, Value) {
     let what = format!("{from} to {to}, {}", if relayed { "through the relay" } else { "direct" });
-    let dir = scratch();
-    let consoles =
-        ["source", "destination"].map(|name| Console::new(dir.path().join(name).with_extension("console")));
-    let guest = |version, name: &str, console| -> Guest {
-        writer::guest(images, version, MACHINE, LOAD, &dir.path().join(name).with_extension("ram"), console)
-    };
-    let mut source = guest(from, "source", &consoles[0]).start(dir.path(), "source");
-    let mut destination = guest(to, "destination", &consoles[1]).incoming().start(dir.path(), "destination");
-    consoles[0].wait_tick("boot", Deadline::seconds(300), |tick| tick.number >= 3);
-    source.set_capabilities(&POSTCOPY);
-    destination.set_capabilities(&POSTCOPY);
-    slow(&mut source, 24 << 20);
-    let far = destination.listen_tcp();
-    let mut through = relayed.then(|| relay(dir.path(), &far));
-    let uri = through.as_mut().map_or(far, Ramwire::listening);
-    switch(&mut source, &uri);
-    let left = consoles[0].ticks().last().copied().unwrap();
-    consoles[1].wait_tick(&what, Deadline::seconds(120), |tick| tick.number > left.number + 1);
-    let info = source.wait_completed(Deadline::seconds(120));
+    let mut live = Live::start(images, MACHINE, (from, to), &POSTCOPY);
+    let mut through = relayed.then(|| relay(live.dir.path(), &live.far));
+    let uri = through.as_mut().map_or_else(|| live.far.clone(), Ramwire::listening);
+    switch(&mut live.source, &uri);
+    live.runs_there(&what);
+    let info = live.source.wait_completed(Deadline::seconds(120));
     let report = through.as_mut().map_or(Value::Null, |relay| relay.finished(Deadline::seconds(30), 0));
-    destination.wait_completed(Deadline::seconds(30));
-    let moved = consoles[1].ticks().last().copied().unwrap();
-    consoles[1].wait_tick(&what, Deadline::seconds(120), |tick| tick.passes >= moved.passes + 2);
-    assert_unbroken(&[&consoles[0], &consoles[1]]);
+    live.destination.wait_completed(Deadline::seconds(30));
+    live.is_unbroken(&what);
     println!(
         "{what}: downtime {} ms, {} requests to the source, {} to the relay",
         info["downtime"], info["ram"]["postcopy-requests"], report["far"]["ram"]["postcopy-requests"]
@@ -217,14 +257,19 @@ fn the_ends_go_on_without_a_relay_whose_connection_was_lost_in_postcopy() {
 }
 
 fn go_on_without(ends: &mut Ends, what: &str) {
-    wait_migration_status(&mut ends.destination, "postcopy-paused");
-    wait_migration_status(&mut ends.source, "postcopy-paused");
-    let uri = format!("unix:{}", ends.dir.path().join("again").display());
-    ends.destination.execute("migrate-recover", json!({ "uri": uri }));
-    ends.source.execute("migrate", json!({ "uri": uri, "resume": true }));
-    ends.source.wait_completed(Deadline::seconds(120));
-    ends.destination.wait_completed(Deadline::seconds(30));
+    recover(&mut ends.source, &mut ends.destination, ends.dir.path());
     ends.compare(what);
+}
+
+/// The ends go on by themselves.
+fn recover(source: &mut Qemu, destination: &mut Qemu, dir: &Path) {
+    wait_migration_status(destination, "postcopy-paused");
+    wait_migration_status(source, "postcopy-paused");
+    let uri = format!("unix:{}", dir.join("again").display());
+    destination.execute("migrate-recover", json!({ "uri": uri }));
+    source.execute("migrate", json!({ "uri": uri, "resume": true }));
+    source.wait_completed(Deadline::seconds(120));
+    destination.wait_completed(Deadline::seconds(30));
 }
 
 /// What a relay or its far end can't do is refused before the switch: the guest runs on at its source.
@@ -259,7 +304,7 @@ fn what_a_relay_can_not_do_leaves_the_guest_at_its_source() {
             }
             let (_, said) = through.ended(Deadline::seconds(60));
             // On a busy host the second connection may come so late that it finds nobody, as the one at a switch does.
-            let told = said.contains("turn postcopy-preempt off at both ends");
+            let told = said.contains("--postcopy-preempt");
             let alone = said.contains("source has closed its connection");
             assert!(told || alone || machine != MACHINE, "{what}: {said}");
             assert!(!told || machine == MACHINE, "{what}: {said}");
