@@ -13,6 +13,7 @@ mod error;
 mod fingerprints;
 mod handle;
 mod pager;
+mod passage;
 mod passed;
 mod relay;
 mod restore;
@@ -44,6 +45,7 @@ pub use error::{Error, ErrorKind};
 pub use fingerprints::MemoryCheck;
 pub use handle::{CancelReply, Canceller, MigrationHandle};
 pub use pager::{HandedError, HandedRegion, LazyProgress, PageFailure, ServeSettings, ServedMemory};
+pub use passage::{ConnectAgainFn, Passage, PassageReport};
 pub use passed::{NotPassed, PassedBlock, memory_to_pass};
 pub use relay::{
     ConnectFn, Guard, Held, Kept, Notice, NoticeFn, Relay, RelayControl, RelayReport, ScanReport,

@@ -11,7 +11,13 @@ use super::super::output::note;
 /// What an operator does when a connection was lost in postcopy.
 pub(super) const GO_ON_WITHOUT: &str = "the guest was given to the far end, and what it misses there is at its source: keep both. \
                              They go on without this relay: `migrate-recover` at the far end, then at the source \
-                             `migrate` to that address with `resume`";
+                             `migrate` to that address with `resume`, or through \
+                             `relay --recover` where they can't reach each other";
+
+/// What an operator does when `--recover` has ended early.
+pub(super) const GO_ON_AGAIN: &str = "the connection ended before all memory had come: keep both ends, which pause again. They go on as \
+                           before: `migrate-recover` at the far end, then at the source `migrate` with `resume`, to the far \
+                           end or to another `relay --recover`";
 
 /// What an operator does when a switch to postcopy has failed, or is in doubt at the end.
 pub(super) const AT_ITS_SOURCE: &str = "the guest's source had switched to postcopy, and only there is the guest whole: keep the \

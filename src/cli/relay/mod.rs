@@ -1,6 +1,7 @@
 //! `ramwire relay`.
 
 mod doubt;
+mod passage;
 mod report;
 
 use std::collections::BTreeMap;
@@ -89,6 +90,11 @@ pub(super) struct Args {
     /// the far end (QEMU: capability postcopy-preempt at both ends)
     #[arg(long)]
     postcopy_preempt: bool,
+    /// A postcopy that was paused goes on through here, after the relay or a connection was lost: what both ends say to
+    /// each other is passed on unchanged, urgent pages too. `migrate-recover` at the far end, then at the source `migrate`
+    /// to this relay with `resume`
+    #[arg(long, conflicts_with_all = PASSED_UNCHANGED)]
+    recover: bool,
     /// Of the connection to the far end
     #[command(flatten)]
     channels: SourceChannelArgs,
@@ -102,6 +108,28 @@ pub(super) struct Args {
     timeouts: SourceTimeouts,
 }
 
+/// Options without effect where all bytes are passed on unchanged.
+const PASSED_UNCHANGED: [&str; 18] = [
+    "peer",
+    "downtime_ms",
+    "max_bandwidth",
+    "xbzrle_cache_size",
+    "keep",
+    "max_ram",
+    "huge_pages",
+    "listen_channels",
+    "listen_compression",
+    "run_log",
+    "metrics",
+    "qmp",
+    "postcopy_preempt",
+    "channels",
+    "compression",
+    "pin_all",
+    "pin_budget",
+    "timeout",
+];
+
 const DOWNTIME: &str = "The far end's part of the downtime, in milliseconds; it limits how much data may wait to be \
                         forwarded";
 
@@ -110,7 +138,8 @@ const REMEDIES: &str = "its source decides when to switch over: raise its downti
                         the guest down (auto-converge), or give the relay more time (--timeout)";
 
 pub(super) fn run(args: &Args) -> Exit {
-    run_relay(args).unwrap_or_else(|error| failed_in("relay", args.json, &*error))
+    let done = if args.recover { passage::run(args) } else { run_relay(args) };
+    done.unwrap_or_else(|error| failed_in("relay", args.json, &*error))
 }
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {

@@ -64,7 +64,7 @@ pub(super) enum Use {
 
 /// What the first bytes of a connection show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Begins<T> {
+pub(in crate::session) enum Begins<T> {
     /// It is wanted, as this.
     As(T),
     /// No byte has come.
@@ -85,14 +85,14 @@ struct Arrival {
 
 /// Connections after the first. A source that has lost one may leave others open, and strangers connect, too: so a
 /// silent connection does not delay the next.
-pub(super) struct Connections {
+pub(in crate::session) struct Connections {
     next: Box<dyn NextConnection>,
     /// Oldest first.
     silent: Vec<Arrival>,
 }
 
 impl Connections {
-    pub(super) fn new(next: Box<dyn NextConnection>) -> Self {
+    pub(in crate::session) fn new(next: Box<dyn NextConnection>) -> Self {
         Self { next, silent: Vec::new() }
     }
 
@@ -109,12 +109,23 @@ impl Connections {
         self.first_that(stop, watch, use_of)
     }
 
+    /// Waits for the next connection, whatever it says.
+    ///
+    /// # Errors
+    /// As [`first_with_data`](Self::first_with_data).
+    pub(in crate::session) fn any(&mut self, stop: &Stop) -> Result<StreamChannel, OpenError> {
+        match self.silent.is_empty() {
+            true => self.next.next(stop),
+            false => Ok(self.silent.remove(0).channel),
+        }
+    }
+
     /// Waits for a connection that begins as `judge` wants it. Those that begin otherwise are closed, and so is the one
     /// that came first of too many that wait.
     ///
     /// # Errors
     /// As [`first_with_data`](Self::first_with_data).
-    pub(super) fn first_that<T>(
+    pub(in crate::session) fn first_that<T>(
         &mut self,
         stop: &Stop,
         watch: impl Fn(bool),
@@ -221,7 +232,7 @@ fn use_of(channel: &StreamChannel) -> Begins<Use> {
 }
 
 /// The first bytes of a connection that have come, as many as `into` has room for; they stay to be read.
-pub(super) fn first_bytes<'a>(channel: &StreamChannel, into: &'a mut [u8]) -> Begins<&'a [u8]> {
+pub(in crate::session) fn first_bytes<'a>(channel: &StreamChannel, into: &'a mut [u8]) -> Begins<&'a [u8]> {
     match channel.peek(into) {
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Begins::NotYet,
         Err(_) | Ok(0) => Begins::Otherwise,

@@ -1,7 +1,7 @@
 //! The destination's session: reads the stream, puts pages in place, and starts the guest once it is ours.
 
 mod advised;
-mod arrivals;
+pub(super) mod arrivals;
 mod counts;
 mod digests;
 mod driver;

@@ -1,0 +1,69 @@
+//! `ramwire relay --recover`: a paused postcopy goes on through here.
+
+use ramwire::error::Remedy;
+use ramwire::session::{Error, Passage, PassageReport, Spawner};
+use ramwire::sys::{CancelToken, Stop};
+use ramwire::transport::{AllowList, Listener, connect};
+use serde_json::json;
+
+use super::super::args::Exit;
+use super::super::common::complain;
+use super::super::output::{note, result_line};
+use super::super::remedies::{hint, in_words};
+use super::super::service;
+use super::super::signals::cancel_on_signal;
+use super::super::tls::warn_if_unencrypted;
+use super::Args;
+use super::doubt::GO_ON_AGAIN;
+
+/// Passes the connections on until all memory has come, or one is lost.
+pub(super) fn run(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
+    let cancel = CancelToken::default();
+    let _signals = cancel_on_signal(vec![cancel.clone()]);
+    warn_if_unencrypted("relay", &args.connect, "use a network you trust or a tunnel");
+    let mut allow = AllowList::default();
+    args.allow.iter().cloned().for_each(|list| allow.extend(list));
+    let mut listener = Listener::bind(&args.listen, allow, &Stop::on(&cancel))?;
+    if let Some(warning) = listener.warning() {
+        note!("ramwire relay: {warning}{}", hint(Some(Remedy::AllowPeers)));
+    }
+    listener.on_stranger(|why| note!("ramwire relay: {why}"));
+    for address in listener.addresses() {
+        note!("listening on {address}");
+    }
+    service::ready(&format!("listening on {}", listener.address()));
+    let (options, far) = (args.timeouts.both.stream_options(), args.connect.clone());
+    let passage = Passage {
+        from_source: Box::new(move |stop: &Stop| listener.accept(&options, stop)),
+        to_far_end: Box::new(move |stop: &Stop| connect(&far, &options, stop)),
+        cancel: cancel.clone(),
+        spawner: Spawner::default(),
+    };
+    Ok(tell(args, &passage.run()))
+}
+
+fn tell(args: &Args, report: &PassageReport) -> Exit {
+    let exit = match (report.completed, report.began, &report.error) {
+        (true, ..) => Exit::Done,
+        (false, true, _) => Exit::InDoubt,
+        (false, false, None | Some(Error::Cancelled)) => Exit::Cancelled,
+        (false, false, Some(_)) => Exit::Failed,
+    };
+    if let Some(error) = &report.error {
+        complain("relay", error);
+    }
+    if args.json {
+        let out = json!({
+            "outcome": exit.word(),
+            "error": report.error.as_ref().map(|error| in_words(error)),
+            "completed": report.completed,
+            "passed_bytes": report.forwarded,
+            "further_connections": report.further,
+        });
+        result_line!("{out}");
+    }
+    if exit == Exit::InDoubt {
+        note!("ramwire relay: {GO_ON_AGAIN}");
+    }
+    exit
+}
