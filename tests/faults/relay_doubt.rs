@@ -12,8 +12,9 @@ use std::time::Duration;
 
 use ramwire::ram::BlockName;
 use ramwire::stream::qemu::blocks::{BlockAnnouncement, encode_block_list};
-use ramwire::stream::qemu::command::Command as Order;
+use ramwire::stream::qemu::command::{Command as Order, encode_discards};
 use ramwire::stream::qemu::file::{self, Configuration};
+use ramwire::stream::qemu::package::encode_package;
 use ramwire::stream::qemu::ram;
 use ramwire::stream::qemu::return_path::Message;
 use ramwire::stream::qemu::section::{
@@ -82,8 +83,28 @@ fn end(gives_away: bool) -> Vec<u8> {
 }
 
 fn shut(status: u32) -> Vec<u8> {
+    encoded(Message::Shut { status })
+}
+
+fn encoded(word: Message<'_>) -> Vec<u8> {
     let mut out = Vec::new();
-    Message::Shut { status }.encode(&mut out);
+    word.encode(&mut out);
+    out
+}
+
+fn order(order: Order<'_>) -> Vec<u8> {
+    let mut out = Vec::new();
+    order.encode(&mut out);
+    out
+}
+
+/// As [`setup`], of a source that may switch to postcopy.
+fn setup_of_postcopy() -> Vec<u8> {
+    let mut out = setup();
+    let advise = order(Order::PostcopyAdvise { host_pages: 4096, target_page: 4096 });
+    let ping = order(Order::Ping(1));
+    let at = out.windows(ping.len()).position(|part| part == ping).unwrap() + ping.len();
+    out.splice(at..at, advise);
     out
 }
 
@@ -116,6 +137,19 @@ impl Drop for Relayed {
 impl Relayed {
     /// The source has sent its setup and a round, and the far end has received them.
     fn start(dir: &Path, output: Output, options: &[&str]) -> Self {
+        Self::start_over(dir, output, options, &setup(), &mut Vec::new())
+    }
+
+    /// The same with another setup, and with a second connection on each side if there is room for them: at the source
+    /// and at the far end.
+    fn start_over(
+        dir: &Path,
+        output: Output,
+        options: &[&str],
+        setup: &[u8],
+        urgent: &mut Vec<UnixStream>,
+    ) -> Self {
+        let is_urgent = urgent.capacity() > 0;
         let [near, far] = ["near", "far"].map(|name| dir.join(name));
         let [errors, out] = ["errors", "out"].map(|name| dir.join(name));
         for old in [&near, &far] {
@@ -142,13 +176,14 @@ impl Relayed {
         let connect = || UnixStream::connect(&near).ok();
         let said = || fs::read_to_string(&errors).unwrap_or_default();
         let mut source = Deadline::seconds(60).poll("the relay listens", said, connect);
-        source.write_all(&[setup(), round()].concat()).unwrap();
+        urgent.extend(is_urgent.then(|| UnixStream::connect(&near).unwrap()));
+        source.write_all(&[setup, &round()].concat()).unwrap();
         let (far, _) = listener.accept().unwrap();
+        urgent.extend(is_urgent.then(|| listener.accept().unwrap().0));
         for end in [&source, &far] {
             end.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         }
-        let mut pong = Vec::new();
-        Message::Pong(1).encode(&mut pong);
+        let pong = encoded(Message::Pong(1));
         let mut answer = vec![0; pong.len()];
         source.read_exact(&mut answer).unwrap();
         assert_eq!(answer, pong);
@@ -445,4 +480,49 @@ fn a_guardian_is_small() {
     assert!(data + stack < 1024, "{status}");
     // Includes the loader's relocations, which grow with the program: 700 KiB for an unoptimised one.
     assert!(own < 2048, "{status}");
+}
+
+/// A QEMU counts the end of either connection as the end of both, and takes its guest back if it does not know yet that it
+/// was taken: both are held.
+#[test]
+fn a_relay_that_is_killed_after_run_leaves_both_connections_of_its_source_held() {
+    for signals in ENDS {
+        let what = format!("{signals:?}");
+        let dir = scratch();
+        let mut urgent = Vec::with_capacity(2);
+        let options = ["--postcopy-preempt"];
+        let mut relayed =
+            Relayed::start_over(dir.path(), Output::File, &options, &setup_of_postcopy(), &mut urgent);
+        let mut switch = Vec::new();
+        encode_discards("m0", &[(0, 8192)], &mut switch);
+        switch.extend(order(Order::Ping(2)));
+        let (mut package, mut devices) = (Vec::new(), Vec::new());
+        encode_full(&SectionName { id: 3, idstr: "timer", instance: 0, version: 2 }, &mut devices);
+        encode_footer(3, &mut devices);
+        encode_package(&devices, true, &mut package);
+        switch.extend(order(Order::Packaged { size: package.len() as u32 }));
+        switch.extend([package, order(Order::Ping(4))].concat());
+        relayed.source.write_all(&switch).unwrap();
+        relayed.far_gets(&order(Order::Ping(0x42)));
+        relayed.far.write_all(&encoded(Message::Pong(2))).unwrap();
+        relayed.far_gets(&order(Order::PostcopyRun));
+        // What was answered to the source before.
+        let answers = [Message::Pong(2), Message::Pong(4)].map(encoded).concat();
+        let mut heard = vec![0; answers.len()];
+        relayed.source.read_exact(&mut heard).unwrap();
+        assert_eq!(heard, answers, "{what}");
+        relayed.ends_by(signals);
+        relayed.source_is_held(&what);
+        let mut source_urgent = &urgent[0];
+        source_urgent.write_all(&[0; 4096]).unwrap();
+        source_urgent.set_nonblocking(true).unwrap();
+        let read = source_urgent.read(&mut [0]).expect_err(&what);
+        assert_eq!(read.kind(), ErrorKind::WouldBlock, "{what}");
+        relayed.far.write_all(&[Message::Pong(3), Message::Pong(0x42)].map(encoded).concat()).unwrap();
+        let taken = [Message::Pong(3), Message::Pong(0x42)].map(encoded).concat();
+        assert_eq!(relayed.told(), taken, "{what}");
+        // The guardian lets go when the source has.
+        relayed.source.shutdown(std::net::Shutdown::Both).unwrap();
+        relayed.guardian_ends();
+    }
 }
