@@ -279,6 +279,11 @@ impl Qemu {
         self.execute("migrate-set-capabilities", json!({ "capabilities": list }));
     }
 
+    pub(crate) fn set_capability(&mut self, name: &str, on: bool) {
+        let list = json!([{"capability": name, "state": on}]);
+        self.execute("migrate-set-capabilities", json!({ "capabilities": list }));
+    }
+
     /// For example `json!({"max-bandwidth": 0, "downtime-limit": 300})`.
     pub(crate) fn set_parameters(&mut self, parameters: Value) {
         self.execute("migrate-set-parameters", parameters);

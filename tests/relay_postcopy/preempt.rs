@@ -65,6 +65,39 @@ fn urgent_pages_go_through_a_relay_on_connections_of_their_own_between_versions(
     }
 }
 
+/// Two relays behind each other, each with connections for urgent pages; and a source that has none, whose pages all come
+/// in its stream.
+#[test]
+fn urgent_pages_go_through_two_relays_and_from_a_source_without_a_connection_for_them() {
+    let Some(images) = peers_present().then(writer::images).flatten() else { return };
+    for version in Version::ALL {
+        for behind_each_other in [true, false] {
+            let what = format!("{version}, two relays: {behind_each_other}");
+            let mut live = Live::start(&images, MACHINE, (version, version), &PREEMPT);
+            if !behind_each_other {
+                live.source.set_capability("postcopy-preempt", false);
+            }
+            let mut second = relay_with(live.dir.path(), &OPTION, &live.far);
+            let to_second = second.listening();
+            let mut first = behind_each_other.then(|| relay_with(live.dir.path(), &OPTION, &to_second));
+            let uri = first.as_mut().map_or(to_second, Ramwire::listening);
+            switch(&mut live.source, &uri);
+            live.runs_there(&what);
+            live.source.wait_completed(Deadline::seconds(120));
+            let report = second.finished(Deadline::seconds(30), 0);
+            if let Some(mut first) = first {
+                let report = first.finished(Deadline::seconds(30), 0);
+                assert!(report["far"]["urgent-pages"].as_u64().unwrap() > 0, "{what}: {report}");
+            }
+            live.destination.wait_completed(Deadline::seconds(30));
+            live.is_unbroken(&what);
+            let came = report["received_urgent_pages"].as_u64().unwrap();
+            assert_eq!(came > 0, behind_each_other, "{what}: {report}");
+            assert!(report["far"]["urgent-pages"].as_u64().unwrap() > 0, "{what}: {report}");
+        }
+    }
+}
+
 /// Passes connections on, in their order, and can cut one of them.
 pub(crate) struct Wire {
     pub(crate) address: String,

@@ -87,7 +87,8 @@ pub(super) struct Args {
     #[command(flatten)]
     qmp: QmpArgs,
     /// Pages that a thread waits for after a switch to postcopy travel on connections of their own, from the source and to
-    /// the far end (QEMU: capability postcopy-preempt at both ends)
+    /// the far end (QEMU: capability postcopy-preempt at both ends). Nothing shows whether a QEMU at the far end has it:
+    /// without it the guest there never gets what it waits for
     #[arg(long)]
     postcopy_preempt: bool,
     /// A postcopy that was paused goes on through here, after the relay or a connection was lost: what both ends say to
