@@ -357,6 +357,17 @@ pub trait Endpoint: Send {
     /// [`FabricError::Verb`].
     fn wait(&mut self, at_most: Duration) -> Result<(), FabricError>;
 
+    /// Looks for completions without sleeping, at most `at_most`: for a wait that is so short that waking up would be a
+    /// large part of it. `false` if none came, at once where a look takes no time of the fabric's clock.
+    ///
+    /// # Errors
+    ///
+    /// [`FabricError::Verb`].
+    fn look(&mut self, at_most: Duration) -> Result<bool, FabricError> {
+        let _ = at_most;
+        Ok(false)
+    }
+
     /// A number that changes when this end's device receives from the peer, RDMA WRITEs as well as messages; `None` if
     /// the device can't be queried. The query may cost the device a command: use it in an occasional wait, not on the
     /// page path.

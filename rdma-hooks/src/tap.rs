@@ -171,6 +171,10 @@ impl Endpoint for TappedEndpoint {
         self.inner.wait(at_most)
     }
 
+    fn look(&mut self, at_most: Duration) -> Result<bool, FabricError> {
+        self.inner.look(at_most)
+    }
+
     fn received_mark(&self) -> Option<u64> {
         self.inner.received_mark()
     }

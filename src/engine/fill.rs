@@ -107,6 +107,8 @@ pub(crate) enum FillBreakage {
     PassWithheld,
     /// A page that a thread waited for before it could be read is not read first.
     ForgetWithheld,
+    /// Threads that wait when nothing can be read any more are forgotten.
+    ForgetOutstanding,
 }
 
 impl FillBreakage {
@@ -201,10 +203,21 @@ impl Fill {
         self.is_open = true;
     }
 
+    /// The threads of these vCPUs are known from here on.
+    pub fn know(&mut self, now: Duration, vcpus: impl IntoIterator<Item = u32>) {
+        self.pager.know(now, vcpus);
+    }
+
     /// A thread waits for a host page since `now`. [`FaultAnswer::Ask`]: read it now. `received` is as for
     /// [`Pager::fault`].
-    pub fn fault(&mut self, now: Duration, page: PageRun, received: impl FnOnce() -> bool) -> FaultAnswer {
-        let answer = self.pager.fault(now, self.host_page(page), Waiter::default(), received);
+    pub fn fault(
+        &mut self,
+        now: Duration,
+        page: PageRun,
+        who: Waiter,
+        received: impl FnOnce() -> bool,
+    ) -> FaultAnswer {
+        let answer = self.pager.fault(now, self.host_page(page), who, received);
         if answer == FaultAnswer::Received {
             return answer;
         }
@@ -337,6 +350,9 @@ impl Fill {
 
     /// No page is read here any more: the threads that wait, to be served in another way, and their figures.
     pub fn take_pager(&mut self) -> Pager {
+        if self.breakage.is(FillBreakage::ForgetOutstanding) {
+            return Pager::default();
+        }
         std::mem::take(&mut self.pager)
     }
 

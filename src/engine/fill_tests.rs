@@ -23,10 +23,14 @@ fn what_is_waited_for_comes_first_then_what_lies_behind_it_then_the_rest() {
     assert_eq!(fill.next_run(), None, "the rest is not to be read yet");
     fill.open();
     assert_eq!(fill.next_run(), Some(run(0, 0, 256)), "a large read");
-    assert_eq!(fill.fault(at(1), run(0, 600, 1), || false), FaultAnswer::Ask);
-    assert_eq!(fill.fault(at(2), run(0, 600, 1), || false), FaultAnswer::Wait);
+    assert_eq!(fill.fault(at(1), run(0, 600, 1), Waiter::default(), || false), FaultAnswer::Ask);
+    assert_eq!(fill.fault(at(2), run(0, 600, 1), Waiter::default(), || false), FaultAnswer::Wait);
     assert_eq!(fill.next_run(), Some(run(0, 601, 256)), "behind the fault");
-    assert_eq!(fill.fault(at(3), run(0, 700, 1), || false), FaultAnswer::Ask, "which is not there yet");
+    assert_eq!(
+        fill.fault(at(3), run(0, 700, 1), Waiter::default(), || false),
+        FaultAnswer::Ask,
+        "which is not there yet"
+    );
     assert_eq!(fill.next_run(), Some(run(0, 857, 143)), "what another has is not read twice");
     assert_eq!(fill.next_run(), Some(run(0, 256, 256)));
     assert_eq!(fill.next_run(), Some(run(0, 512, 88)), "without the page that was waited for");
@@ -39,7 +43,7 @@ fn what_is_waited_for_comes_first_then_what_lies_behind_it_then_the_rest() {
     assert!(!fill.is_whole(), "page 600");
     fill.placed(at(9), run(0, 600, 1));
     assert!(fill.is_whole());
-    assert_eq!(fill.fault(at(10), run(0, 5, 1), || true), FaultAnswer::Received);
+    assert_eq!(fill.fault(at(10), run(0, 5, 1), Waiter::default(), || true), FaultAnswer::Received);
     assert_eq!((fill.counts().faults, fill.counts().urgent, fill.latency().summary().count), (4, 2, 2));
 }
 
@@ -48,11 +52,11 @@ fn what_was_touched_the_last_time_is_read_in_that_order_before_the_rest() {
     let mut fill = Fill::new(PAGE, vec![block(100, &[(0, 60)], 1)]);
     fill.read_first(vec![run(0, 40, 2), run(0, 7, 1), run(0, 58, 40), run(9, 0, 1)]);
     assert_eq!(fill.next_run(), Some(run(0, 40, 2)));
-    fill.fault(at(1), run(0, 7, 1), || false);
+    fill.fault(at(1), run(0, 7, 1), Waiter::default(), || false);
     assert_eq!(fill.next_run(), Some(run(0, 58, 2)), "page 7 is read already, and there are no more than 60");
     assert_eq!(fill.next_run(), None);
-    fill.fault(at(1), run(0, 30, 1), || false);
-    fill.fault(at(1), run(0, 31, 1), || false);
+    fill.fault(at(1), run(0, 30, 1), Waiter::default(), || false);
+    fill.fault(at(1), run(0, 31, 1), Waiter::default(), || false);
     let touched = [run(0, 40, 2), run(0, 7, 1), run(0, 58, 40), run(9, 0, 1), run(0, 7, 1), run(0, 30, 2)];
     assert_eq!(fill.touched(), touched);
 }
@@ -80,9 +84,13 @@ fn what_could_not_be_read_is_read_again_when_told_and_what_is_waited_for_first()
     fill.failed(run(0, 10, 2));
     fill.placed(at(1), run(0, 0, 10));
     fill.placed(at(1), run(0, 12, 244));
-    assert_eq!(fill.fault(at(2), run(0, 500, 1), || false), FaultAnswer::Ask);
+    assert_eq!(fill.fault(at(2), run(0, 500, 1), Waiter::default(), || false), FaultAnswer::Ask);
     fill.failed(run(0, 500, 1));
-    assert_eq!(fill.fault(at(3), run(0, 500, 1), || false), FaultAnswer::Wait, "nobody reads it by itself");
+    assert_eq!(
+        fill.fault(at(3), run(0, 500, 1), Waiter::default(), || false),
+        FaultAnswer::Wait,
+        "nobody reads it by itself"
+    );
     assert_eq!((fill.next_run(), fill.next_run()), (Some(run(0, 501, 99)), Some(run(0, 256, 244))));
     fill.placed(at(4), run(0, 501, 99));
     assert!(!fill.is_stuck(), "some are under way");
@@ -146,7 +154,7 @@ impl World {
         match Self::draw(state, 10) {
             0..3 => {
                 let (there, page) = (self.placed[any as usize] || !self.holds[any as usize], run(0, any, 1));
-                match self.fill.fault(at(1), page, || there) {
+                match self.fill.fault(at(1), page, Waiter::default(), || there) {
                     FaultAnswer::Received => return there,
                     FaultAnswer::Wait => self.waiting[any as usize] = true,
                     FaultAnswer::Ask => {

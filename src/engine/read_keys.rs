@@ -62,6 +62,8 @@ pub(crate) enum KeyBreakage {
     ReportEarly,
     /// A span is reported while a part of it is read.
     ReportWhileRead,
+    /// A span whose key could not be made is not tried again.
+    ForgetPutOff,
 }
 
 impl KeyBreakage {
@@ -78,6 +80,8 @@ pub(crate) struct ServedKeys {
     waiting: VecDeque<u32>,
     /// Received, and their keys not revoked.
     received: VecDeque<u32>,
+    /// No key can be made until one is revoked.
+    is_full: bool,
     breakage: KeyBreakage,
 }
 
@@ -123,8 +127,19 @@ impl ServedKeys {
 
     /// The span that gets its key next: memory is registered, and the key sent. [`granted`](Self::granted) follows.
     pub(crate) fn next_grant(&mut self) -> Option<(u32, PageRun)> {
+        if self.is_full {
+            return None;
+        }
         let number = self.waiting.pop_front()?;
         self.spans.get(number as usize).map(|span| (number, span.run))
+    }
+
+    /// The key of a span could not be made, while there are others: it is tried again when one of those is revoked.
+    pub(crate) fn put_off(&mut self, number: u32) {
+        if !self.breakage.is(KeyBreakage::ForgetPutOff) {
+            self.waiting.push_front(number);
+        }
+        self.is_full = true;
     }
 
     /// Its key exists, and is about to be sent.
@@ -174,6 +189,7 @@ impl ServedKeys {
     /// A key is revoked: the destination has these pages, and nothing reads them here any more. The memory may be given
     /// back.
     pub(crate) fn revoked(&mut self, number: u32) {
+        self.is_full = false;
         self.set(number, SpanState::Revoked);
     }
 
@@ -197,9 +213,9 @@ impl ServedKeys {
         self.spans.iter().filter(counts).map(|span| span.pages).sum()
     }
 
-    /// True while a span waits for its key.
+    /// True while a span waits for its key, which can be tried now.
     pub(crate) fn is_granting(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.waiting.is_empty() && !self.is_full
     }
 
     /// True if the destination has a key.

@@ -246,6 +246,9 @@ pub struct DestinationSettings {
     /// Whether a source may switch to postcopy: the guest then runs here before its memory is complete. `false`:
     /// refused when the source announces that it may switch.
     pub postcopy: bool,
+    /// After a switch to postcopy over `rdma:`, in which this end reads the missing pages of its source's memory: maximum
+    /// number of bytes a second that are read and that no thread waits for, in READs of up to 1 MiB. `None`: no limit.
+    pub max_read_bandwidth: Option<Rate>,
     /// Pages that were written through the backing file are mapped after their arrival, by a thread that runs only
     /// while a core is idle, so that the guest meets fewer faults. True; of no use where no guest runs here.
     pub map_in_background: bool,
@@ -274,6 +277,7 @@ impl Default for DestinationSettings {
             max_state: 1 << 30,
             accept_missing_description: false,
             postcopy: false,
+            max_read_bandwidth: None,
             map_in_background: true,
             take_memory: false,
             raw_device_state: false,

@@ -11,6 +11,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use userfaultfd::{Error, Event, Uffd};
 
+use super::PageContents;
+
 /// linux/userfaultfd.h: `UFFD_FEATURE_EVENT_REMOVE`.
 const EVENT_REMOVE: u64 = 1 << 3;
 
@@ -126,9 +128,17 @@ impl HandedFaults {
     /// # Errors
     /// The kernel's error: ENOMEM, ENOSPC.
     pub fn place(&self, at: usize, bytes: &[u8]) -> io::Result<Placement> {
-        // SAFETY: `bytes` is valid for its length. The target is an address of the process that made the descriptor: the
+        self.place_contents(at, PageContents::Bytes(bytes))
+    }
+
+    /// As [`place`](Self::place), also from memory that a device has filled.
+    ///
+    /// # Errors
+    /// As [`place`](Self::place).
+    pub(crate) fn place_contents(&self, at: usize, contents: PageContents<'_>) -> io::Result<Placement> {
+        // SAFETY: the contents are valid for their length. The target is an address of the process that made the descriptor: the
         // kernel refuses what is not registered there, and fills only pages that are missing, which have no contents.
-        match unsafe { self.uffd.copy(bytes.as_ptr().cast(), at as *mut _, bytes.len(), false) } {
+        match unsafe { self.uffd.copy(contents.as_ptr().cast(), at as *mut _, contents.len(), false) } {
             Ok(count) => Ok(Placement::Placed(count)),
             // The count is an error number if nothing was copied.
             Err(Error::PartiallyCopied(count)) => Ok(match usize::try_from(count as isize) {

@@ -8,7 +8,7 @@ use userfaultfd::{Event, FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuild
 
 use super::async_write_protection::to_io;
 use super::handed_faults::{HandedFaultsError, taken};
-use super::{HostSpan, Mapping};
+use super::{HostSpan, Mapping, PageContents};
 use crate::units::PageSize;
 
 /// Why missing pages can't be served here.
@@ -146,13 +146,30 @@ impl MissingFaults {
     /// # Errors
     /// The kernel's error: ENOMEM, ENOSPC (a huge page pool is empty), ESRCH.
     pub fn place(&self, span: HostSpan<'_>, bytes: &[u8], page: PageSize) -> io::Result<bool> {
-        debug_assert_eq!(span.len(), bytes.len());
+        self.place_contents(span, PageContents::Bytes(bytes), page)
+    }
+
+    /// As [`place`](Self::place), also from memory that a device has filled.
+    ///
+    /// # Errors
+    /// As [`place`](Self::place).
+    pub(crate) fn place_contents(
+        &self,
+        span: HostSpan<'_>,
+        contents: PageContents<'_>,
+        page: PageSize,
+    ) -> io::Result<bool> {
+        debug_assert_eq!(span.len(), contents.len());
         let (mut done, mut all) = (0, true);
-        while done < bytes.len().min(span.len()) {
-            let (from, left) = (bytes[done..].as_ptr().cast(), span.len() - done);
-            // SAFETY: `from` is valid for `left` bytes; the target lies in a registered range of guest memory, and the
+        while let (Some(from), Some(to)) = (
+            contents.part(done, span.len().saturating_sub(done)).filter(|rest| rest.len() > 0),
+            span.part(done, span.len().saturating_sub(done)),
+        ) {
+            let left = to.len();
+            // SAFETY: `from` is valid for `left` bytes: both are what is left of as many; the kernel reads them as a
+            // user's memory, which may change meanwhile. The target lies in a registered range of guest memory, and the
             // kernel refuses any other. A missing page has no contents that could be lost.
-            match unsafe { self.uffd.copy(from, span.as_ptr().add(done).cast(), left, false) } {
+            match unsafe { self.uffd.copy(from.as_ptr().cast(), to.as_ptr().cast(), left, false) } {
                 Ok(count) => done += count,
                 // EAGAIN: either the page after the copied ones is present, or the address space changed meanwhile and
                 // the count is an error number. The copied pages count, and the rest is tried again.

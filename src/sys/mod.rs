@@ -25,6 +25,7 @@ mod missing_faults;
 #[cfg(feature = "rdma")]
 mod nic_region;
 mod numa;
+mod page_contents;
 mod page_out;
 mod pagemap_scan;
 mod peer;
@@ -75,6 +76,7 @@ pub(crate) use minor_faults::thread_page_faults;
 pub use missing_faults::{FaultAt, MissingFault, MissingFaults, MissingFaultsError};
 pub(crate) use numa::{NumaNode, cpu_list, node_of_address};
 pub use numa::{nodes_of_pages, numa_nodes, own_cpus, set_cpu_affinity};
+pub(crate) use page_contents::PageContents;
 pub use page_out::page_out;
 pub(crate) use pagemap_scan::Pagemap;
 pub use peer::{PeerProcess, peer_process};

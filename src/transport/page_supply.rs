@@ -12,6 +12,7 @@ use twox_hash::XxHash3_128;
 
 use super::{ChannelError, MappedDestination};
 use crate::ram::PageBitmap;
+use crate::sys::PageContents;
 use crate::units::{BlockIndex, PageIndex, PageSize};
 
 /// Unchanging memory, whose pages several threads may read in any order and in parallel.
@@ -42,8 +43,8 @@ pub trait PageReads {
     /// The next bytes to read; `None`: nothing for now.
     fn next(&mut self) -> Option<PageSpan>;
 
-    /// A read has ended. Without an error these are its bytes.
-    fn ended(&mut self, span: PageSpan, bytes: io::Result<&[u8]>);
+    /// A read has ended. Without an error this is what it brought, until the call returns.
+    fn ended(&mut self, span: PageSpan, contents: io::Result<PageContents<'_>>);
 }
 
 /// Where the threads of a pager read.
@@ -70,7 +71,7 @@ impl PageReader for OneByOne {
         while let Some(span) = reads.next() {
             buffer.resize(usize::try_from(span.len).unwrap_or(0), 0);
             let read = self.0.read(span.block, span.offset, &mut buffer);
-            reads.ended(span, read.map(|()| &buffer[..]));
+            reads.ended(span, read.map(|()| PageContents::Bytes(&buffer)));
         }
     }
 

@@ -1,7 +1,7 @@
 //! A queue pair on which the destination reads the source's memory, into buffers of its own.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::fabric::{
     Access, AddressBase, Completion, CompletionStatus, Endpoint, FabricError, LinkState, Operation,
@@ -14,6 +14,10 @@ use crate::stop::Stop;
 /// Queue pairs for READs of a migration: the first for pages that a thread waits for, the second for all others. A READ
 /// does not wait for those on the other one.
 pub const READ_QUEUES: u16 = 2;
+
+/// Longest time for which a lane on which threads wait looks for the end of its READs before it sleeps. A READ of a page
+/// takes some microseconds; one that takes longer is slow enough to sleep for it.
+const LOOK: Duration = Duration::from_micros(500);
 
 /// What the source tells the destination about memory that it may read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,11 +42,12 @@ pub struct ReadDone {
 pub struct ReadLane {
     endpoint: Box<dyn Endpoint>,
     registration: Registration,
-    room: HostRegion,
     slot_bytes: u64,
     free: Vec<usize>,
-    /// READs under way, oldest first: id and buffer.
-    flights: VecDeque<(u64, usize)>,
+    /// READs under way, oldest first: id, buffer, and when it was posted.
+    flights: VecDeque<(u64, usize, Instant)>,
+    /// How long a READ takes lately, where threads wait for it.
+    typical: Option<Duration>,
     next_id: u64,
     depth: usize,
     scratch: Vec<Completion>,
@@ -51,27 +56,29 @@ pub struct ReadLane {
 }
 
 impl ReadLane {
-    /// `room` is divided into buffers of `slot_bytes` bytes.
+    /// `room` is divided into buffers of `slot_bytes` bytes: number n begins at n times that. `urgent`: threads wait for
+    /// what is read.
     pub(crate) fn new(
         endpoint: Box<dyn Endpoint>,
-        room: HostRegion,
+        room: &HostRegion,
         slot_bytes: u64,
+        urgent: bool,
     ) -> Result<Self, HooksError> {
         let limits = endpoint.limits();
         let slots = room.len() / slot_bytes.max(1);
         if limits.reads.own == 0 || limits.read_bytes < slot_bytes || slots == 0 {
             return Err(HooksError::OutOfOrder("a queue pair that reads nothing"));
         }
-        let registration = endpoint.register(&room, &[Access::LocalWrite], AddressBase::Host)?;
+        let registration = endpoint.register(room, &[Access::LocalWrite], AddressBase::Host)?;
         let depth = usize::from(limits.reads.own);
         let free = (0..usize::try_from(slots).unwrap_or(usize::MAX)).rev().collect();
         Ok(Self {
             endpoint,
             registration,
-            room,
             slot_bytes,
             free,
             flights: VecDeque::new(),
+            typical: urgent.then_some(Duration::ZERO),
             next_id: 0,
             depth,
             scratch: Vec::new(),
@@ -127,7 +134,7 @@ impl ReadLane {
             self.fail(error);
             return Err(self.take_failure_once().unwrap_or(HooksError::Fabric(FabricError::Disconnected)));
         }
-        self.flights.push_back((self.next_id, slot));
+        self.flights.push_back((self.next_id, slot, self.endpoint.now()));
         Ok(slot)
     }
 
@@ -152,14 +159,18 @@ impl ReadLane {
         }
         self.scratch = found;
         if self.failure.is_some() {
-            let ended = self.flights.drain(..).map(|(_, slot)| ReadDone { slot, is_read: false });
+            let ended = self.flights.drain(..).map(|(_, slot, _)| ReadDone { slot, is_read: false });
             out.extend(ended);
         }
     }
 
     fn done(&mut self, id: u64, out: &mut Vec<ReadDone>) {
-        while self.flights.front().is_some_and(|(oldest, _)| *oldest <= id) {
-            let Some((_, slot)) = self.flights.pop_front() else { break };
+        while self.flights.front().is_some_and(|(oldest, ..)| *oldest <= id) {
+            let Some((_, slot, posted)) = self.flights.pop_front() else { break };
+            if let Some(typical) = &mut self.typical {
+                let took = self.endpoint.now().saturating_duration_since(posted);
+                *typical = if typical.is_zero() { took } else { (*typical * 7 + took) / 8 };
+            }
             out.push(ReadDone { slot, is_read: true });
         }
     }
@@ -173,18 +184,21 @@ impl ReadLane {
         }
     }
 
-    /// Copies out the first bytes of a buffer whose READ has ended well.
-    pub fn copy(&self, slot: usize, into: &mut [u8]) {
-        // Inside: a READ was not longer than its buffer.
-        let _ = self.room.read(slot as u64 * self.slot_bytes, into);
-    }
-
-    /// The buffer may be filled again.
+    /// The buffer may be filled again: what the READ has brought is no longer needed.
     pub fn release(&mut self, slot: usize) {
         self.free.push(slot);
     }
 
-    /// Sleeps until a READ may have ended; less if the connection is lost or `stop` is reached.
+    /// True if a READ has ended within about the time that one takes; false at once where that is long.
+    fn look(&mut self) -> Result<bool, FabricError> {
+        match self.typical.filter(|typical| *typical < LOOK) {
+            Some(Duration::ZERO) => self.endpoint.look(LOOK),
+            Some(typical) => self.endpoint.look((typical * 2).min(LOOK)),
+            None => Ok(false),
+        }
+    }
+
+    /// Waits until a READ may have ended; less if the connection is lost or `stop` is reached.
     ///
     /// # Errors
     ///
@@ -192,6 +206,14 @@ impl ReadLane {
     pub fn wait(&mut self, stop: &Stop) -> Result<(), HooksError> {
         let now = self.endpoint.now();
         stop.check(now)?;
+        match self.look() {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => {
+                self.fail(error);
+                return Ok(());
+            }
+        }
         let slept = match self.endpoint.link() {
             Ok(LinkState::Up) => self.endpoint.wait(stop.slice(now)),
             Ok(LinkState::Disconnected) => Err(FabricError::Disconnected),

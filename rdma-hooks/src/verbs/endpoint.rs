@@ -334,16 +334,8 @@ impl Endpoint for VerbsEndpoint {
     }
 
     fn wait(&mut self, at_most: Duration) -> Result<(), FabricError> {
-        let start = Instant::now();
-        loop {
-            self.poll_queues()?;
-            if !self.found.is_empty() {
-                return Ok(());
-            }
-            if start.elapsed() >= self.spin {
-                break;
-            }
-            std::hint::spin_loop();
+        if self.look(self.spin)? {
+            return Ok(());
         }
         self.queue.arm()?;
         // Completions from before the queues were armed raise no event.
@@ -356,6 +348,20 @@ impl Endpoint for VerbsEndpoint {
             self.queue.take_events();
         }
         Ok(())
+    }
+
+    fn look(&mut self, at_most: Duration) -> Result<bool, FabricError> {
+        let start = Instant::now();
+        loop {
+            self.poll_queues()?;
+            if !self.found.is_empty() {
+                return Ok(true);
+            }
+            if start.elapsed() >= at_most {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
     }
 
     /// The packet sequence number that is expected next: acknowledgements of this end's sends and probes do not change

@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex};
 use super::Placer;
 use crate::guest::GuestError;
 use crate::ram::{Landing, PageRun, page_bits};
-use crate::sys::{FaultAt, HostSpan, Lock as _, MissingFaults, MissingFaultsError, is_there, set_huge_pages};
+use crate::sys::{
+    FaultAt, HostSpan, Lock as _, MissingFaults, MissingFaultsError, PageContents, is_there, set_huge_pages,
+};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
 /// The memory whose missing pages are served.
@@ -172,11 +174,11 @@ impl Placer {
         &self,
         missing: &Missing,
         landing: Landing,
-        bytes: Option<&[u8]>,
+        contents: Option<PageContents<'_>>,
     ) -> Result<(), GuestError> {
         let span = self.target(landing)?;
-        let placed = match bytes {
-            Some(bytes) => missing.faults.place(span, bytes, self.host_page(landing)),
+        let placed = match contents {
+            Some(contents) => missing.faults.place_contents(span, contents, self.host_page(landing)),
             None => missing.faults.place_zero(span, self.host_page(landing)),
         };
         placed.map(drop).map_err(|source| self.unplaced(landing, source))
@@ -188,8 +190,20 @@ impl Placer {
     /// # Errors
     /// The kernel's error; the pages before the failed one are placed.
     pub fn place_read(&self, landing: Landing, bytes: &[u8]) -> Result<(), GuestError> {
+        self.place_contents(landing, PageContents::Bytes(bytes))
+    }
+
+    /// As [`place_read`](Self::place_read), also from memory that a device has filled.
+    ///
+    /// # Errors
+    /// As [`place_read`](Self::place_read).
+    pub(crate) fn place_contents(
+        &self,
+        landing: Landing,
+        contents: PageContents<'_>,
+    ) -> Result<(), GuestError> {
         let Some(missing) = self.missing.get() else { return Ok(()) };
-        debug_assert_eq!(landing.len(), bytes.len() as u64);
+        debug_assert_eq!(landing.len(), contents.len() as u64);
         let host = self.host_page(landing).bytes();
         let is_received = |at| landing.part(at, host).is_none_or(|page| self.is_received(page));
         let _turn = missing.turn.locked();
@@ -203,10 +217,9 @@ impl Placer {
             while at < landing.len() && !is_received(at) {
                 at += host;
             }
-            if let Some((part, bytes)) =
-                landing.part(start, at - start).zip(bytes.get(start as usize..at as usize))
-            {
-                self.place_missing(missing, part, Some(bytes))?;
+            let part = landing.part(start, at - start);
+            if let Some((part, contents)) = part.zip(contents.part(start as usize, (at - start) as usize)) {
+                self.place_missing(missing, part, Some(contents))?;
                 self.commit(part);
                 (missing.placed)(part);
             }
@@ -312,7 +325,7 @@ impl HostPages {
         let Some(part) = landing.part(end.saturating_sub(len), len).filter(|_| len > 0) else {
             return Ok(());
         };
-        let placed = placer.place_missing(missing, part, Some(&self.gathered));
+        let placed = placer.place_missing(missing, part, Some(PageContents::Bytes(&self.gathered)));
         self.gathered.clear();
         placed?;
         placer.commit(part);
@@ -334,7 +347,7 @@ impl HostPages {
         }
         let (host, target) = (placer.host_page(landing).bytes(), placer.page_bytes());
         if host <= target {
-            placer.place_missing(missing, landing, bytes)?;
+            placer.place_missing(missing, landing, bytes.map(PageContents::Bytes))?;
             placer.commit_kind(landing, bytes.is_none());
             (missing.placed)(landing);
             return Ok(());
@@ -370,7 +383,7 @@ impl HostPages {
             placer.place_missing(
                 missing,
                 whole,
-                Some(&part.bytes).filter(|_| !part.is_zero).map(Vec::as_slice),
+                Some(&part.bytes).filter(|_| !part.is_zero).map(|bytes| PageContents::Bytes(bytes)),
             )?;
             placer.commit_kind(whole, part.is_zero);
             (missing.placed)(whole);

@@ -71,7 +71,7 @@ pub(super) struct Shared {
     pager: Arc<Mutex<Pager>>,
     vcpus: VcpuThreads,
     pub(super) back: ReturnPathWriter,
-    began: Instant,
+    pub(super) began: Instant,
     pub(super) send_timeout: Duration,
     pub(super) owner: Owner,
     /// A ramwire: it keeps its guest paused until it has our answer.
@@ -388,7 +388,7 @@ impl DestinationSession {
         self.wire.stop = shared.stop();
         let spawner = &self.settings.spawner;
         let reads = supply
-            .map(|supply| Reads::start(&shared, &shared.faults, supply, &expected_pages, spawner))
+            .map(|supply| Reads::start(&shared, &shared.faults, supply, &expected_pages, &self.settings))
             .transpose()?;
         let mut postcopy = Postcopy {
             shared: Arc::clone(&shared),

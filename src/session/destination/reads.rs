@@ -23,9 +23,8 @@ use crate::units::{BlockIndex, BlockOffset};
 use super::DestinationSession;
 use super::postcopy::Shared;
 use super::receive::out_of_turn;
-use crate::session::Error;
 use crate::session::pager::{Filling, GuestPages, News};
-use crate::session::workers::Spawner;
+use crate::session::{DestinationSettings, Error};
 
 /// The threads that read, and what they share.
 pub(super) struct Reads {
@@ -41,7 +40,7 @@ impl Reads {
         faults: &Arc<MissingFaults>,
         supply: Arc<dyn PulledPages>,
         missing: &PageSet,
-        spawner: &Spawner,
+        settings: &DestinationSettings,
     ) -> Result<Self, Error> {
         let table = shared.placer.memory().table();
         let blocks = (0..).map(BlockIndex).zip(table.blocks()).map(|(index, block)| BlockToFill {
@@ -51,7 +50,9 @@ impl Reads {
         let mut fill = Fill::new(table.page(), blocks.collect()).withheld();
         fill.open();
         let memory = GuestPages::new(Arc::clone(&shared.placer), Arc::clone(faults));
+        let memory = memory.used_by(settings.vcpu_threads.clone());
         let filling = Filling::by(Box::new(memory), Arc::clone(&supply) as Arc<_>, table.page(), fill);
+        let filling = filling.limited(settings.max_read_bandwidth).since(shared.began);
         let mut this = Self { filling: Arc::new(filling), supply, threads: Vec::new() };
         let (serves, reads, tells) =
             (Arc::clone(&this.filling), Arc::clone(&this.filling), Arc::clone(&this.filling));
@@ -62,7 +63,7 @@ impl Reads {
             ("ramwire-keys", Box::new(move || tell_source(&tells, &shared))),
         ];
         for (name, job) in jobs {
-            this.threads.push(spawner.spawn(name, job)?);
+            this.threads.push(settings.spawner.spawn(name, job)?);
         }
         Ok(this)
     }

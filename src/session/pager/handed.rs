@@ -9,8 +9,11 @@ use std::sync::Mutex;
 
 use rustix::event::epoll;
 
+use crate::engine::Waiter;
 use crate::ram::{AtomicBitmap, PageRun};
-use crate::sys::{HandedEvent, HandedFaults, HandedFaultsError, Lock as _, Placement, WakeEvent};
+use crate::sys::{
+    HandedEvent, HandedFaults, HandedFaultsError, Lock as _, PageContents, Placement, WakeEvent,
+};
 use crate::units::{BlockIndex, PageIndex, PageSize};
 
 use super::memory::{PagedMemory, PlaceError};
@@ -209,7 +212,7 @@ impl HandedPages {
 
     /// Places a host page and the pages after it that have not been placed either, as many as the kernel accepts at
     /// once. Returns the number of processed target pages.
-    fn place_some(&self, run: PageRun, bytes: &[u8]) -> Result<u64, PlaceError> {
+    fn place_some(&self, run: PageRun, contents: PageContents<'_>) -> Result<u64, PlaceError> {
         let Some((region, address)) = self.address(run) else { return Ok(run.pages) };
         let host = region.page.bytes() / PAGE.bytes();
         let is_received = |at: u64| region.received.get(PageIndex(run.first.0 + at));
@@ -219,7 +222,7 @@ impl HandedPages {
         }
         let pages = (0..run.pages).step_by(host as usize).find(|at| is_received(*at)).unwrap_or(run.pages);
         let len = (pages * PAGE.bytes()) as usize;
-        let placed = self.faults.place(address, bytes.get(..len).unwrap_or(bytes));
+        let placed = self.faults.place_contents(address, contents.part(0, len).unwrap_or(contents));
         let done = match placed.map_err(|error| PlaceError::Failed(error.to_string()))? {
             Placement::Placed(count) => count as u64 / PAGE.bytes(),
             Placement::There | Placement::Unmapped => host,
@@ -242,24 +245,30 @@ impl PagedMemory for HandedPages {
         self.ready.as_fd()
     }
 
-    fn next_fault(&self) -> Result<Option<PageRun>, PlaceError> {
+    fn next_fault(&self) -> Result<Option<(PageRun, Waiter)>, PlaceError> {
         let mut faults = self.turn.locked();
-        if let Some(fault) = faults.pop_front() {
-            return Ok(Some(fault));
-        }
-        self.left.clear();
-        self.read_fault()
+        let left = faults.pop_front();
+        let fault = match left {
+            Some(fault) => Some(fault),
+            None => {
+                self.left.clear();
+                self.read_fault()?
+            }
+        };
+        // Its threads are another process's.
+        Ok(fault.map(|page| (page, Waiter::default())))
     }
 
     fn is_received(&self, page: PageRun) -> bool {
         self.regions.get(page.block.as_usize()).is_none_or(|region| region.received.get(page.first))
     }
 
-    fn place(&self, run: PageRun, bytes: &[u8]) -> Result<(), PlaceError> {
+    fn place(&self, run: PageRun, contents: PageContents<'_>) -> Result<(), PlaceError> {
         let mut rest = Some(run);
         while let Some(run_left) = rest {
             let from = ((run_left.first.0 - run.first.0) * PAGE.bytes()) as usize;
-            match self.place_some(run_left, bytes.get(from..).unwrap_or_default())? {
+            let left = contents.part(from, contents.len().saturating_sub(from));
+            match self.place_some(run_left, left.unwrap_or(PageContents::Bytes(&[])))? {
                 0 => {}
                 done => rest = run_left.split_at(done).1,
             }

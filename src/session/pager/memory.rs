@@ -1,12 +1,13 @@
 //! Memory whose missing pages are served.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use crate::engine::Waiter;
 use crate::error::Chain;
-use crate::guest::{GuestError, Placer};
+use crate::guest::{GuestError, Placer, VcpuThreads};
 use crate::ram::PageRun;
-use crate::sys::MissingFaults;
+use crate::sys::{Lock as _, MissingFaults, PageContents};
 use crate::units::{BlockIndex, PageSize};
 
 /// Why a page could not be placed, or a fault not be read.
@@ -34,11 +35,16 @@ pub(in crate::session) trait PagedMemory: Send + Sync {
     /// Readable while there is a fault to read.
     fn descriptor(&self) -> BorrowedFd<'_>;
 
-    /// The next host page that a thread waits for, without waiting for one.
+    /// The next host page that a thread waits for, and who that is, without waiting for one.
     ///
     /// # Errors
     /// [`PlaceError`].
-    fn next_fault(&self) -> Result<Option<PageRun>, PlaceError>;
+    fn next_fault(&self) -> Result<Option<(PageRun, Waiter)>, PlaceError>;
+
+    /// The vCPUs whose threads are known, if the list has changed since the last call.
+    fn changed_vcpus(&self) -> Option<Vec<u32>> {
+        None
+    }
 
     /// True if the page has been placed, or is zero and was never missing.
     fn is_received(&self, page: PageRun) -> bool;
@@ -47,7 +53,7 @@ pub(in crate::session) trait PagedMemory: Send + Sync {
     ///
     /// # Errors
     /// [`PlaceError`].
-    fn place(&self, run: PageRun, bytes: &[u8]) -> Result<(), PlaceError>;
+    fn place(&self, run: PageRun, contents: PageContents<'_>) -> Result<(), PlaceError>;
 
     /// A thread waits for a page that was already received: it is zero, or present by now.
     ///
@@ -69,12 +75,20 @@ pub(in crate::session) trait PagedMemory: Send + Sync {
 pub(in crate::session) struct GuestPages {
     placer: Arc<Placer>,
     faults: Arc<MissingFaults>,
+    vcpus: VcpuThreads,
+    /// Version of their list that was told.
+    known: Mutex<u64>,
 }
 
 impl GuestPages {
     /// The pages of a placer that [serves](Placer::serve_missing) `faults`.
     pub(in crate::session) fn new(placer: Arc<Placer>, faults: Arc<MissingFaults>) -> Self {
-        Self { placer, faults }
+        Self { placer, faults, vcpus: VcpuThreads::default(), known: Mutex::default() }
+    }
+
+    /// The threads of these vCPUs are told from others.
+    pub(in crate::session) fn used_by(self, vcpus: VcpuThreads) -> Self {
+        Self { vcpus, ..self }
     }
 }
 
@@ -83,12 +97,17 @@ impl PagedMemory for GuestPages {
         self.faults.as_fd()
     }
 
-    fn next_fault(&self) -> Result<Option<PageRun>, PlaceError> {
+    fn changed_vcpus(&self) -> Option<Vec<u32>> {
+        self.vcpus.changed(&mut self.known.locked())
+    }
+
+    fn next_fault(&self) -> Result<Option<(PageRun, Waiter)>, PlaceError> {
         loop {
             let fault = self.faults.next().map_err(|error| PlaceError::Failed(error.to_string()))?;
             let Some(fault) = fault else { return Ok(None) };
             if let Some(landing) = self.placer.host_page_at(fault.at) {
-                return Ok(Some(self.placer.run(landing)));
+                let who = Waiter { thread: fault.thread, vcpu: self.vcpus.vcpu_of(fault.thread) };
+                return Ok(Some((self.placer.run(landing), who)));
             }
         }
     }
@@ -97,9 +116,9 @@ impl PagedMemory for GuestPages {
         self.placer.first_missing(page).is_none()
     }
 
-    fn place(&self, run: PageRun, bytes: &[u8]) -> Result<(), PlaceError> {
+    fn place(&self, run: PageRun, contents: PageContents<'_>) -> Result<(), PlaceError> {
         let landing = self.placer.memory().table().admit_run(run).map_err(GuestError::from)?;
-        Ok(self.placer.place_read(landing, bytes)?)
+        Ok(self.placer.place_contents(landing, contents)?)
     }
 
     fn answer_received(&self, page: PageRun) -> Result<(), PlaceError> {

@@ -7,15 +7,15 @@ mod served;
 
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::engine::{Fill, PulledKeys};
+use crate::engine::{BandwidthLimit, Fill, Pace, PulledKeys};
 use crate::error::Chain;
 use crate::observe::LatencySummary;
 use crate::ram::PageRun;
-use crate::sys::{CancelToken, Lock as _};
+use crate::sys::{CancelToken, Lock as _, PageContents};
 use crate::transport::{OneByOne, PageReader, PageSupply};
-use crate::units::PageSize;
+use crate::units::{PageSize, Rate};
 pub use handed::{HandedError, HandedRegion};
 pub(super) use memory::{GuestPages, PagedMemory, PlaceError};
 
@@ -78,6 +78,8 @@ pub(super) struct State {
     pub(super) fill: Fill,
     /// Of memory that is read by keys.
     pub(super) keys: PulledKeys,
+    /// When pages may be read that no thread waits for.
+    pub(super) pace: Pace,
     /// The first page that could not be read or placed, since the last retry.
     pub(super) failure: Option<PageFailure>,
     /// Faults are no longer served: all pages are placed, or there is no process to serve any more.
@@ -108,10 +110,23 @@ impl Filling {
         page: PageSize,
         fill: Fill,
     ) -> Self {
-        let keys = PulledKeys::default();
-        let state = Mutex::new(State { fill, keys, failure: None, is_over: false, is_abandoned: false });
+        let (keys, pace) = (PulledKeys::default(), Pace::default());
+        let state =
+            Mutex::new(State { fill, keys, pace, failure: None, is_over: false, is_abandoned: false });
         let (changed, began, over) = (Condvar::new(), Instant::now(), CancelToken::default());
         Self { memory, supply, page, state, changed, began, over }
+    }
+
+    /// At most so many bytes a second are read that no thread waits for.
+    pub(super) fn limited(self, limit: Option<Rate>) -> Self {
+        let limit = BandwidthLimit::new(limit.map_or(0, |rate| rate.0));
+        self.state().pace = Pace::new(limit);
+        self
+    }
+
+    /// Its times count from there.
+    pub(super) fn since(self, began: Instant) -> Self {
+        Self { began, ..self }
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -121,6 +136,14 @@ impl Filling {
     /// Waits for a change of the state.
     pub(super) fn changed<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`changed`](Self::changed), at most so long; without a limit if that is zero.
+    fn changed_within<'a>(&self, state: MutexGuard<'a, State>, at_most: Duration) -> MutexGuard<'a, State> {
+        if at_most.is_zero() {
+            return self.changed(state);
+        }
+        self.changed.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0
     }
 
     /// Changes the state, and notifies the waiting threads.
@@ -141,14 +164,16 @@ impl Filling {
         self.change(|state| state.is_over = true);
     }
 
-    fn place(&self, run: PageRun, host: u64, bytes: &[u8]) {
+    fn place(&self, run: PageRun, host: u64, contents: PageContents<'_>) {
         let at_once = (PLACE / self.page.bytes()).max(1).next_multiple_of(host);
-        let mut rest = Some(run);
-        let mut bytes = bytes.chunks(usize::try_from(at_once * self.page.bytes()).unwrap_or(usize::MAX));
-        while let (Some(run), Some(bytes)) = (rest, bytes.next()) {
+        let (mut rest, mut at) = (Some(run), 0);
+        while let Some(run) = rest {
             let (part, behind) = run.split_at(at_once);
             rest = behind;
-            match self.memory.place(part, bytes) {
+            let len = usize::try_from(part.pages * self.page.bytes()).unwrap_or(usize::MAX);
+            let Some(contents) = contents.part(at, len) else { break };
+            at += len;
+            match self.memory.place(part, contents) {
                 Ok(()) => {
                     let now = self.began.elapsed();
                     let mut state = self.state();

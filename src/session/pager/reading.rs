@@ -1,15 +1,16 @@
 //! The threads of a memory that is filled while it is used: those that serve its faults, and those that read the rest.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 
 use super::{Filling, PlaceError, State};
-use crate::engine::FaultAnswer;
+use crate::engine::{FaultAnswer, Waiter};
 use crate::ram::PageRun;
-use crate::sys::Stop;
+use crate::sys::{PageContents, Stop};
 use crate::transport::{PageReads, PageSpan};
-use crate::units::{BlockIndex, BlockOffset, PageIndex};
+use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
 
 /// What threads that wait for something else are told.
 pub(in crate::session) enum News {
@@ -40,9 +41,13 @@ impl Filling {
                 if state.is_over || state.fill.is_whole() {
                     return;
                 }
-                match state.next_run() {
+                let now = self.began.elapsed();
+                match state.next_run(now, self.page) {
                     Some(run) => break run,
-                    None => state = self.changed(state),
+                    None => {
+                        let delay = state.pace.delay(now);
+                        state = self.changed_within(state, delay);
+                    }
                 }
             };
             drop(state);
@@ -86,10 +91,13 @@ impl Filling {
     }
 
     /// The page of a fault, if it is to be read now.
-    fn page_to_read(&self, page: PageRun) -> Option<PageRun> {
+    fn page_to_read(&self, page: PageRun, who: Waiter) -> Option<PageRun> {
         let now = self.began.elapsed();
         let mut state = self.state();
-        let answer = state.fill.fault(now, page, || self.memory.is_received(page));
+        if let Some(vcpus) = self.memory.changed_vcpus() {
+            state.fill.know(now, vcpus);
+        }
+        let answer = state.fill.fault(now, page, who, || self.memory.is_received(page));
         if answer == FaultAnswer::Ask {
             state.keys.reading(page);
         }
@@ -118,9 +126,13 @@ impl Filling {
 }
 
 impl State {
-    /// The next run that no thread waits for. It is taken to be read.
-    fn next_run(&mut self) -> Option<PageRun> {
+    /// The next run that no thread waits for, once it may be read. It is taken to be read.
+    fn next_run(&mut self, now: Duration, page: PageSize) -> Option<PageRun> {
+        if self.pace.delay(now) > Duration::ZERO {
+            return None;
+        }
         let run = self.fill.next_run()?;
+        self.pace.charge(now, run.bytes(page).unwrap_or(0));
         self.keys.reading(run);
         Some(run)
     }
@@ -140,14 +152,14 @@ impl Reading<'_> {
             return Some(run);
         }
         if !self.is_urgent {
-            let mut state = self.filling.state();
-            return if state.is_over { None } else { state.next_run() };
+            let (mut state, now) = (self.filling.state(), self.filling.began.elapsed());
+            return if state.is_over { None } else { state.next_run(now, self.filling.page) };
         }
         loop {
             match self.filling.memory.next_fault() {
                 Ok(None) => return None,
-                Ok(Some(page)) => {
-                    if let Some(run) = self.filling.page_to_read(page) {
+                Ok(Some((page, who))) => {
+                    if let Some(run) = self.filling.page_to_read(page, who) {
                         return Some(run);
                     }
                 }
@@ -166,13 +178,13 @@ impl PageReads for Reading<'_> {
     }
 
     /// If a part of a run can't be read, the rest is.
-    fn ended(&mut self, span: PageSpan, bytes: std::io::Result<&[u8]>) {
+    fn ended(&mut self, span: PageSpan, contents: std::io::Result<PageContents<'_>>) {
         let (filling, run) = (self.filling, self.filling.run_of(span));
         let host = filling.memory.host_page(run.block).bytes() / filling.page.bytes();
-        match bytes {
-            Ok(bytes) => {
+        match contents {
+            Ok(contents) => {
                 if filling.state().fill.ended(run, true) {
-                    filling.place(run, host, bytes);
+                    filling.place(run, host, contents);
                 }
             }
             Err(_) if run.pages > host && !filling.supply.is_gone() => {

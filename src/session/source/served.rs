@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::{ServedKeys, SourceEvent};
-use crate::error::Remedy;
+use crate::error::{Chain, Remedy};
 use crate::guest::GuestError;
 use crate::stream::native::{MAX_READ_KEYS, Order, ReadKey};
 use crate::stream::qemu::command::Command;
@@ -74,11 +74,21 @@ impl SourceSession {
         let memory = Arc::clone(&self.guest.memory);
         let Some(served) = &mut self.missing.served else { return Ok(()) };
         let mut keys = Vec::new();
-        while keys.len() < KEYS_AT_ONCE * ReadKey::LEN
+        // The first one goes at once: nothing can be read before it.
+        let at_once = if served.has_keys_out() { KEYS_AT_ONCE } else { 1 };
+        while keys.len() < at_once * ReadKey::LEN
             && let Some((number, run)) = served.next_grant()
         {
             let landing = memory.table().admit_run(run).map_err(GuestError::from)?;
-            let Some((address, rkey)) = self.wire.link.let_read(landing)? else {
+            let made = match self.wire.link.let_read(landing) {
+                Err(error) if served.has_keys_out() => {
+                    tracing::debug!(error = %Chain(&error), "memory that is to be read waits until other memory was read");
+                    served.put_off(number);
+                    break;
+                }
+                made => made?,
+            };
+            let Some((address, rkey)) = made else {
                 return Err(Error::Config {
                     what: "the destination is to read memory over a connection that can't do that".into(),
                     remedy: Remedy::Advice("use a tcp: or unix: address"),
@@ -87,6 +97,9 @@ impl SourceSession {
             served.granted(number);
             let (block, start, len) = (landing.block().0, landing.offset().0, landing.len());
             ReadKey { number, block, start, len, address, rkey }.encode(&mut keys);
+        }
+        if keys.is_empty() {
+            return Ok(());
         }
         let mut out = Vec::new();
         Command::Native(Order::ReadKeys { keys: &keys }).encode(&mut out);

@@ -1,7 +1,7 @@
 //! Missing pages that the destination reads from its source's memory.
 //!
 //! Two queue pairs, so that a page that a thread waits for does not wait for all others. Bytes are stored in registered
-//! buffers of our own and placed from there: memory of a guest that runs is not registered.
+//! buffers of our own, and the kernel places them from there: memory of a guest that runs is not registered.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -11,7 +11,7 @@ use rdma_hooks::{DestinationHooks, HooksError, ReadDone, ReadLane};
 
 use super::End;
 use crate::error::Chain;
-use crate::sys::{CancelToken, Lock as _, Mapping, Stop};
+use crate::sys::{CancelToken, HostRegion, Lock as _, Mapping, PageContents, Stop};
 use crate::transport::{ChannelError, MoveError, PageReader, PageReads, PageSpan, PulledPages, RemoteSpan};
 use crate::units::BlockIndex;
 
@@ -19,8 +19,8 @@ const READING: &str = "reading missing pages";
 
 /// Bytes of one READ that no thread waits for.
 const REST_BYTES: u64 = 1 << 20;
-/// Such READs under way.
-const REST_READS: u64 = 6;
+/// Buffers for such READs: what one of them has brought is placed while the others are under way.
+const REST_READS: u64 = 7;
 /// READs under way that threads wait for: so many small ones, or so many bytes, but at least two.
 const URGENT_READS: u64 = 16;
 const URGENT_BYTES: u64 = 1 << 20;
@@ -40,6 +40,8 @@ pub(super) struct RdmaPages {
 
 struct Lane {
     lane: ReadLane,
+    /// Its buffers.
+    room: HostRegion,
     /// What is under way, by buffer.
     flights: HashMap<usize, PageSpan>,
 }
@@ -68,14 +70,20 @@ impl RdmaPages {
                 doing: READING,
                 source,
             })?;
-            let region = memory.region().for_nic(bytes * reads);
-            let region =
-                region.ok_or_else(|| failed(&end, HooksError::OutOfOrder("buffers without memory")))?;
-            Ok::<_, ChannelError>((region, bytes))
+            Ok::<_, ChannelError>((memory.region().clone(), bytes))
         };
         let rooms = [room(host_page, urgent)?, room(rest, REST_READS)?];
-        let lanes = hooks.read_lanes(rooms).map_err(|error| failed(&end, error))?;
-        let lanes = lanes.map(|lane| Mutex::new(Lane { lane, flights: HashMap::new() }));
+        let registered = |(room, bytes): &(HostRegion, u64)| {
+            let region = room.for_nic(room.len());
+            let region = region.ok_or_else(|| failed(&end, HooksError::OutOfOrder("buffers without memory")));
+            region.map(|region| (region, *bytes))
+        };
+        let [first, rest] = &rooms;
+        let lanes = hooks.read_lanes([registered(first)?, registered(rest)?]);
+        let [first, rest] = lanes.map_err(|error| failed(&end, error))?;
+        let lane = |lane, (room, _)| Mutex::new(Lane { lane, room, flights: HashMap::new() });
+        let [first_room, rest_room] = rooms;
+        let lanes = [lane(first, first_room), lane(rest, rest_room)];
         let over = CancelToken::default();
         Ok(Self { lanes, keys: Mutex::default(), failure: Mutex::default(), end, over })
     }
@@ -100,7 +108,7 @@ impl RdmaPages {
     }
 
     /// Posts what `reads` gives, as long as there are buffers.
-    fn post(&self, Lane { lane, flights }: &mut Lane, reads: &mut dyn PageReads) {
+    fn post(&self, Lane { lane, flights, .. }: &mut Lane, reads: &mut dyn PageReads) {
         while lane.has_room() && !self.over.is_cancelled() {
             let Some(span) = reads.next() else { return };
             let Some((rkey, address)) = self.key_of(span) else {
@@ -127,7 +135,7 @@ impl PageReader for RdmaPages {
         let [first, rest] = &self.lanes;
         let mut lane = if urgent { first } else { rest }.locked();
         let _part = lane.lane.take_part();
-        let (stop, mut done, mut bytes) = (Stop::on(&self.over), Vec::new(), Vec::new());
+        let (stop, mut done, room) = (Stop::on(&self.over), Vec::new(), lane.room.clone());
         let bounds = self.end.stall_bounds(&stop);
         loop {
             self.post(&mut lane, reads);
@@ -143,19 +151,19 @@ impl PageReader for RdmaPages {
             for ReadDone { slot, is_read } in done.drain(..) {
                 let Some(span) = lane.flights.remove(&slot) else { continue };
                 if is_read {
-                    bytes.resize(usize::try_from(span.len).unwrap_or(0), 0);
-                    lane.lane.copy(slot, &mut bytes);
-                }
-                lane.lane.release(slot);
-                if is_read {
-                    // The next one is under way while this one is placed.
-                    self.post(&mut lane, reads);
-                    reads.ended(span, Ok(&bytes));
+                    // Others are under way while this one is placed; a thread waits for no other one first.
+                    if !urgent {
+                        self.post(&mut lane, reads);
+                    }
+                    let contents = room.span(slot as u64 * lane.lane.slot_bytes(), span.len);
+                    let contents = contents.map(PageContents::Memory).map_err(io::Error::other);
+                    reads.ended(span, contents);
                 } else {
                     let text =
                         why.as_ref().map_or_else(|| "its connection is lost".into(), ToString::to_string);
                     reads.ended(span, Err(io::Error::other(text)));
                 }
+                lane.lane.release(slot);
             }
         }
     }

@@ -35,7 +35,7 @@ impl DestinationHooks {
         !self.read_queues.is_empty() && limits.min() > Some(0)
     }
 
-    /// Moves the queue pairs out, each with memory for its buffers and the bytes of one buffer: first that for pages
+    /// Moves the queue pairs out, each with memory for its buffers, one after the other, and the bytes of one: first that for pages
     /// that a thread waits for, then that for all others. Each is used by one thread.
     ///
     /// # Errors
@@ -46,10 +46,10 @@ impl DestinationHooks {
         rooms: [(HostRegion, u64); READ_QUEUES as usize],
     ) -> Result<[ReadLane; READ_QUEUES as usize], HooksError> {
         let mut queues = std::mem::take(&mut self.read_queues).into_iter().zip(rooms);
-        let mut lane = || {
+        let mut lane = |urgent| {
             let (endpoint, (room, bytes)) = queues.next().ok_or(HooksError::OutOfOrder("no queue pairs"))?;
-            ReadLane::new(endpoint, room, bytes)
+            ReadLane::new(endpoint, &room, bytes, urgent)
         };
-        Ok([lane()?, lane()?])
+        Ok([lane(true)?, lane(false)?])
     }
 }
