@@ -1,24 +1,24 @@
 //! A switch to postcopy over RDMA: the destination reads the missing pages from its source's memory, for real faults of
 //! a guest's thread.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome, PostcopyRule};
 use ramwire::guest::{DirtyError, DirtySource, MappedGuest, TestMachine};
 use ramwire::ram::PageBitmap;
 use ramwire::session::{
-    DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, Peer, PostcopySettings,
-    SourceGuest, SourceReport, SourceSession, SourceSettings,
+    DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, NewConnection, Peer,
+    PostcopySettings, Reconnect, Redial, SourceGuest, SourceReport, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Stop};
 use ramwire::transport::rdma::{RdmaListener, connect_over};
-use ramwire::transport::{AllowList, RdmaOptions, StreamOptions};
+use ramwire::transport::{Address, AllowList, Listener, OpenError, RdmaOptions, StreamOptions};
 use ramwire::units::BlockIndex;
-use rdma_hooks::sim::{Fault, Host, Sim, SimConfig};
+use rdma_hooks::sim::{Fault, Host, Part, Sim, SimConfig};
 
 use super::{BLOCKS, PAGE, bytes, filled, memory};
 
@@ -98,32 +98,66 @@ fn touch(memory: Arc<MappedGuest>, machine: TestMachine) -> Receiver<Vec<u8>> {
     told
 }
 
+/// An end's part in the simulation. Over a real connection it has none: virtual time goes by without it.
+type TakesPart = Arc<Mutex<Option<Part>>>;
+
+/// Another connection, a real one.
+struct Again {
+    part: TakesPart,
+    redial: Redial,
+}
+
+impl Reconnect for Again {
+    fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
+        drop(self.part.lock().unwrap().take());
+        self.redial.connect(address, stop)
+    }
+}
+
 fn migrate(config: SimConfig, rdma: RdmaOptions, rounds: u32, release: bool) -> Run {
+    migrate_on(config, rdma, rounds, release, false)
+}
+
+/// `goes_on`: a connection that is lost is followed by one over TCP.
+fn migrate_on(config: SimConfig, rdma: RdmaOptions, rounds: u32, release: bool, goes_on: bool) -> Run {
     let sim = Sim::new(config);
     let (here, there) = (sim.fabric(Host::A), sim.fabric(Host::B));
     let (from, to) = (filled(), memory());
     let mut options = StreamOptions::default();
     options.stall = None;
     let stop = Stop::on(&CancelToken::default());
-    let part = there.enter();
+    let part: TakesPart = Arc::new(Mutex::new(Some(there.enter())));
+    let tcp = Listener::bind(&Address::tcp("127.0.0.1", 0), AllowList::default(), &Stop::never()).unwrap();
+    let redial = Redial::new(tcp.address().clone(), StreamOptions::default());
     let arrived = TestMachine::default().keeping_memory();
     let seen = touch(Arc::clone(&to), arrived.clone());
     let (arriving, far_stop, machine) = (Arc::clone(&to), stop.clone(), arrived.clone());
     let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
     let destination = std::thread::spawn(move || {
-        let _part = part;
+        let (part, ends) = (Arc::clone(&part), part);
         let connection = listener.accept(&options, &RdmaOptions::default(), &far_stop).ok()?;
         let mut settings = DestinationSettings::default();
         (settings.postcopy, settings.stall_timeout) = (true, LONG);
         let guest = DestinationGuest { memory: Box::new(arriving), control: Box::new(machine) };
-        Some(DestinationSession::new(guest, connection, settings).run())
+        let mut session = DestinationSession::new(guest, connection, settings);
+        if goes_on {
+            let mut tcp = tcp;
+            session = session.with_next_connection(Box::new(move |stop: &Stop| {
+                drop(part.lock().unwrap().take());
+                tcp.accept(&StreamOptions::default(), stop)
+            }));
+        }
+        let report = session.run();
+        drop(ends.lock().unwrap().take());
+        Some(report)
     });
-    let part = here.enter();
+    let part: TakesPart = Arc::new(Mutex::new(Some(here.enter())));
     let connection = connect_over(Arc::new(here), "10.0.0.2", 4444, from.clone(), &options, &rdma, &stop);
     let source = connection.ok().map(|connection| {
         let mut settings = SourceSettings::new(Configuration { machine: "sim".into(), ..Default::default() });
         let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(rounds));
         postcopy.release_ram = release;
+        postcopy.reconnect_timeout = if goes_on { PATIENCE } else { Duration::ZERO };
         settings.postcopy = Some(postcopy);
         settings.downtime_limit = Duration::ZERO;
         settings.stall_timeout = LONG;
@@ -132,9 +166,13 @@ fn migrate(config: SimConfig, rdma: RdmaOptions, rounds: u32, release: bool) -> 
         let dirty = Writes { memory: from.clone(), machine: machine.clone(), syncs: AtomicU64::new(1) };
         let control = Box::new(machine);
         let guest = SourceGuest { memory: from.clone(), dirty: vec![Arc::new(dirty)], control };
-        SourceSession::new(guest, connection, settings).run()
+        let session = SourceSession::new(guest, connection, settings);
+        match goes_on {
+            true => session.with_reconnect(Box::new(Again { part: Arc::clone(&part), redial })).run(),
+            false => session.run(),
+        }
     });
-    drop(part);
+    drop(part.lock().unwrap().take());
     let destination = destination.join().unwrap();
     Run { source, destination, from, to, seen, runs_there: arrived.runs(), sim }
 }
@@ -226,4 +264,34 @@ fn without_queue_pairs_for_it_a_switch_is_refused_before_anything_travels() {
     let error = ramwire::error::Chain(&source.error.unwrap()).to_string();
     assert!(error.contains("RdmaOptions::postcopy") && error.contains("tcp:"), "{error}");
     assert!(!run.runs_there);
+}
+
+/// A device that is removed after the switch: what is missing is sent over TCP, and the guest runs on meanwhile.
+#[test]
+fn a_connection_that_is_lost_while_pages_are_read_is_followed_by_another_one() {
+    let (mut went_on, mut without) = (0, 0);
+    for (request, release) in (14..44).zip([false, true].into_iter().cycle()) {
+        let what = format!("request {request}, {release}");
+        let fault = (Host::B, Fault::DeviceRemoved { request });
+        let config = SimConfig { faults: vec![fault], ..SimConfig::default() };
+        let run = migrate_on(config, options(), 0, release, true);
+        assert_eq!(run.sim.live_registrations(), 0, "{what}");
+        let (Some(source), Some(destination)) = (run.source, run.destination) else { continue };
+        if !run.runs_there {
+            // Before the switch such a loss is the end.
+            assert!(matches!(source.outcome, Outcome::StaysHere(_)), "{what}: {source:?}");
+            without += 1;
+            continue;
+        }
+        assert_eq!(source.outcome, Outcome::Completed, "{what}: {source:?} {destination:?}");
+        assert_eq!(destination.ending, Ending::Running, "{what}: {destination:?}");
+        let seen = run.seen.recv_timeout(PATIENCE).unwrap();
+        assert!(seen == bytes(&run.to) && seen.iter().any(|byte| *byte != 0), "{what}");
+        assert!(release || seen == bytes(&run.from), "{what}: as its thread saw it");
+        let sent = source.statistics.pages.normal + source.statistics.pages.zero;
+        println!("{what}: {sent} pages were sent");
+        went_on += u64::from(sent > 0);
+    }
+    println!("{went_on} went on over TCP, {without} ended before the switch");
+    assert!(went_on > 3, "{went_on}");
 }

@@ -252,6 +252,9 @@ fn demo(args: &Args) -> Result<Exit, Failure> {
     let again = Redial::new(way.address.clone(), local_options()).with_fallbacks(way.fallback.clone());
     if way.fallback.is_some() {
         settings.reconnect_timeout = RECONNECT;
+        if let Some(postcopy) = &mut settings.postcopy {
+            postcopy.reconnect_timeout = RECONNECT;
+        }
     }
     let session = SourceSession::new(source, connection, settings)
         .with_statistics(statistics)

@@ -97,9 +97,13 @@ impl DestinationSession {
         postcopy.shared.back.replace(None);
         postcopy.end_reads(&self.settings.spawner)?;
         // Whichever end lost it: a source that waits for an answer on it would not notice.
-        if let Some(connection) = self.wire.link.stream().descriptor() {
-            let _ = rustix::net::shutdown(connection, Shutdown::Both);
+        match self.wire.link.stream().descriptor() {
+            Some(connection) => _ = rustix::net::shutdown(connection, Shutdown::Both),
+            None => self.drop_link(),
         }
+        let Some(postcopy) = self.switch.running_mut() else {
+            return Err(out_of_turn("a lost connection", "precopy"));
+        };
         self.figures.shared().update(|s| s.status = Status::PostcopyPaused);
         self.ingest.forget_parts();
         let stop = Stop::on(&self.driver.cancel_token());

@@ -369,7 +369,7 @@ impl DestinationSession {
 
     /// Orders 8 and 14: nothing that comes beside the stream is placed any more. Page channels end, keys and queue pairs are
     /// destroyed.
-    fn drop_link(&mut self) {
+    pub(super) fn drop_link(&mut self) {
         let registered = self.wire.link.abilities().has_rounds;
         let order = if registered { Breakage::KeepOldKeys } else { Breakage::KeepOldChannels };
         if !self.breakage.is(order) {
