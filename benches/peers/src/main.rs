@@ -8,7 +8,7 @@
 //! | `snapshot` | how long does a running guest stand still for a snapshot, and how long do its writes wait? |
 //! | `checkpoint` | how long does a guest with a standby stand still for each checkpoint, and how much does it still write? |
 //! | `restore` | how fast is a guest read from its file, and how soon does one run whose memory is read behind it? |
-//! | `postcopy` | how long does a thread wait for a missing page, beside a bare handler; how fast does the rest follow? |
+//! | `postcopy` | how long does a thread wait for a missing page, beside a bare handler or a bare RDMA READ; how fast does the rest follow? |
 //! | `latency` | how long does an RDMA WRITE take compared with perftest's? |
 //!
 //! `converge`, `limit` and `latency` run the command `ramwire`, which is next to this program after `cargo build
@@ -75,7 +75,8 @@ enum Command {
     Checkpoint(checkpoint::CheckpointArgs),
     /// How fast a guest is read from its file, and how soon one runs whose memory is read behind it
     Restore(restore::RestoreArgs),
-    /// How long a thread waits for a missing page, and how fast the rest follows, paired with a bare handler and precopy
+    /// How long a thread waits for a missing page, and how fast the rest follows, paired with a bare handler and precopy,
+    /// or over RDMA with perftest's READs
     Postcopy(postcopy::PostcopyArgs),
     /// How long an RDMA WRITE takes, paired with perftest's ib_write_lat
     #[cfg(feature = "rdma")]
@@ -83,6 +84,22 @@ enum Command {
     /// The other process of a run
     #[command(hide = true)]
     Peer(migrate::peer::PeerArgs),
+    /// The process of a source
+    #[cfg(feature = "rdma")]
+    #[command(hide = true)]
+    Source(postcopy::source::SourceArgs),
+}
+
+impl Command {
+    /// True for the process that another one of this program has started.
+    fn is_of_another(&self) -> bool {
+        match self {
+            Self::Peer(_) => true,
+            #[cfg(feature = "rdma")]
+            Self::Source(_) => true,
+            _ => false,
+        }
+    }
 }
 
 /// How a run ended: 0, 3 or 4, as with the command `ramwire`.
@@ -117,7 +134,7 @@ fn main() -> ExitCode {
     }
     let cancel = CancelToken::default();
     // The other process ends with the one that started it, through its connection or the terminal's signal.
-    if !matches!(cli.command, Command::Peer(_)) {
+    if !cli.command.is_of_another() {
         signal::cancel(cancel.clone());
     }
     let done = match &cli.command {
@@ -131,6 +148,8 @@ fn main() -> ExitCode {
         #[cfg(feature = "rdma")]
         Command::Latency(args) => latency::run(args, &cancel).map(|()| Exit::Done),
         Command::Peer(args) => migrate::peer::serve(args).map(|()| Exit::Done),
+        #[cfg(feature = "rdma")]
+        Command::Source(args) => postcopy::source::serve(args).map(|()| Exit::Done),
     };
     match done {
         Ok(exit) => exit,

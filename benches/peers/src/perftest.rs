@@ -1,4 +1,4 @@
-//! The programs of perftest: the performance of bare RDMA WRITEs on a device.
+//! The programs of perftest: the performance of bare RDMA WRITEs and READs on a device.
 
 use std::io;
 use std::net::IpAddr;
@@ -9,8 +9,8 @@ use rdma_hooks::verbs::devices;
 
 use crate::{BenchError, migrate::Run};
 
-/// Bytes of a WRITE of the bandwidth test.
-const WRITE_BYTES: u64 = 1 << 20;
+/// Bytes of a WRITE or READ of the bandwidth tests.
+const PIECE_BYTES: u64 = 1 << 20;
 /// The unit of its figures, which it calls MB.
 const MIB: f64 = (1u64 << 20) as f64;
 /// Maximum number of runs until a figure is printed.
@@ -54,12 +54,24 @@ impl Device {
     /// # Errors
     /// [`BenchError`].
     pub fn bandwidth(&self, bytes: u64) -> Result<Run, BenchError> {
-        let count = bytes.div_ceil(WRITE_BYTES).max(5);
-        let arguments = [format!("--size={WRITE_BYTES}"), format!("--iters={count}")];
-        // #bytes, #iterations, peak, average, message rate.
-        let rate = self.measured("ib_write_bw", &arguments, |columns| columns.get(3).copied())?;
-        let seconds = bytes as f64 / (rate * MIB);
+        let seconds = bytes as f64 / self.rate("ib_write_bw", bytes)?;
         Ok(Run { seconds, ..Run::default() })
+    }
+
+    /// `ib_read_bw` of 1 MiB, until `bytes` bytes were read: bytes a second.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn read_rate(&self, bytes: u64) -> Result<f64, BenchError> {
+        self.rate("ib_read_bw", bytes)
+    }
+
+    fn rate(&self, program: &str, bytes: u64) -> Result<f64, BenchError> {
+        let count = bytes.div_ceil(PIECE_BYTES).max(5);
+        let arguments = [format!("--size={PIECE_BYTES}"), format!("--iters={count}")];
+        // #bytes, #iterations, peak, average, message rate.
+        let rate = self.measured(program, &arguments, |columns| columns.get(3).copied())?;
+        Ok(rate * MIB)
     }
 
     /// `ib_write_lat` with `count` round trips of `size` bytes: median and 99th percentile of half of them, in
@@ -68,10 +80,22 @@ impl Device {
     /// # Errors
     /// [`BenchError`].
     pub fn latency(&self, size: usize, count: u64) -> Result<(f64, f64), BenchError> {
+        self.times("ib_write_lat", size, count)
+    }
+
+    /// `ib_read_lat` with `count` READs of `size` bytes: median and 99th percentile of them, in microseconds.
+    ///
+    /// # Errors
+    /// [`BenchError`].
+    pub fn read_latency(&self, size: usize, count: u64) -> Result<(f64, f64), BenchError> {
+        self.times("ib_read_lat", size, count)
+    }
+
+    fn times(&self, program: &str, size: usize, count: u64) -> Result<(f64, f64), BenchError> {
         let arguments = [format!("--size={size}"), format!("--iters={}", count.clamp(100, 1_000_000))];
         // #bytes, #iterations, min, max, typical, average, deviation, 99 %, 99.9 %.
         let mut p99 = 0.0;
-        let median = self.measured("ib_write_lat", &arguments, |columns| {
+        let median = self.measured(program, &arguments, |columns| {
             p99 = columns.get(7).copied()?;
             columns.get(4).copied()
         })?;

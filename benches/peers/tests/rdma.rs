@@ -63,3 +63,14 @@ fn in_rxe_guest_migrations_are_compared_and_counted() {
     assert!(contestants[2]["counted"].is_null());
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
+
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_missing_pages_that_are_read_are_paired_with_perftests_reads() {
+    let sizes = ["--ram", "16M", "--fault-ram", "2M", "--pairs", "1", "--json"];
+    let report = json(&bench(&[&["postcopy", "--transport", "rdma"], &sizes[..]].concat()));
+    for ratio in ["rate_ratio", "p50_ratio", "loaded_p99_ratio"] {
+        assert!(report[ratio]["median"].as_f64().unwrap() > 0.0, "{ratio}: {report}");
+    }
+    assert!(report["source_s_per_gb"]["median"].as_f64().unwrap() > 0.0, "{report}");
+}

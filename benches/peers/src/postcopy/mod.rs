@@ -3,9 +3,15 @@
 //!
 //! Both ends are threads of this process, over TCP on the loopback; so are both ends of the bare handler, which asks for
 //! a page over such a connection, and places it, without an engine. The memory at the destination is new in each run.
+//!
+//! Over RDMA the ends are two processes, since the source's processor time counts, and the others are perftest's READs.
 
 mod bare;
 mod ours;
+#[cfg(feature = "rdma")]
+mod rdma;
+#[cfg(feature = "rdma")]
+pub mod source;
 
 use ramwire::observe::LatencySummary;
 use ramwire::sys::{CancelToken, Mapping};
@@ -21,12 +27,30 @@ use ours::Way;
 /// Share of the drain rate that the background takes while faults are measured.
 const BACKGROUND: f64 = 0.9;
 
+/// What the ends are connected by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Transport {
+    /// TCP over the loopback
+    Tcp,
+    /// RDMA, with both ends at one device
+    Rdma,
+}
+
 /// Arguments of `ramwire-bench postcopy`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct PostcopyArgs {
+    /// Over RDMA the destination reads the pages of its source, which sends none
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    transport: Transport,
+    /// IP address of the device; without it that of the first usable one
+    #[arg(long, value_name = "ADDRESS")]
+    host: Option<String>,
     /// Memory of the guest
     #[arg(long, default_value = "64M", value_parser = bytes, value_name = "SIZE")]
     ram: u64,
+    /// Over RDMA: memory of the guest whose faults are measured
+    #[arg(long, default_value = "16M", value_parser = bytes, value_name = "SIZE")]
+    fault_ram: u64,
     /// Threads that touch missing pages, with commas between
     #[arg(long, value_delimiter = ',', default_value = "1,4,16", value_name = "NUMBERS")]
     threads: Vec<usize>,
@@ -123,6 +147,16 @@ impl Faults {
 /// # Errors
 /// [`BenchError`].
 pub fn run(args: &PostcopyArgs, cancel: &CancelToken) -> Result<(), BenchError> {
+    match args.transport {
+        Transport::Tcp => over_tcp(args, cancel),
+        #[cfg(feature = "rdma")]
+        Transport::Rdma => rdma::run(args, cancel),
+        #[cfg(not(feature = "rdma"))]
+        Transport::Rdma => Err(BenchError::NoRdma(Box::new(ramwire::transport::WhyNoRdma::NotBuilt))),
+    }
+}
+
+fn over_tcp(args: &PostcopyArgs, cancel: &CancelToken) -> Result<(), BenchError> {
     let source = filled(args.ram)?;
     let way = Way { channels: args.channels, preempt: args.preempt, ..Way::default() };
     let (mut precopy, mut drained, mut starts) = (Vec::new(), Vec::new(), Vec::new());

@@ -1,7 +1,7 @@
 //! ramwire's run: two sessions that switch before the first page, and threads that touch the arriving guest's pages.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use ramwire::guest::{DeviceState, GuestControl};
 use ramwire::observe::LatencySummary;
 use ramwire::session::{
     DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, PostcopySettings, Redial,
-    SourceGuest, SourceReport, SourceSession, SourceSettings,
+    SourceGuest, SourceSession, SourceSettings,
 };
 use ramwire::stream::qemu::file::Configuration;
 use ramwire::sys::{CancelToken, Mapping, Stop};
@@ -61,6 +61,21 @@ struct Touched {
     memory: Arc<Mapping>,
     threads: usize,
     running: Arc<Mutex<Vec<JoinHandle<()>>>>,
+    /// When that was.
+    since: Arc<OnceLock<Instant>>,
+}
+
+impl Touched {
+    fn new(memory: Arc<Mapping>, threads: usize) -> Self {
+        Self { memory, threads, running: Arc::default(), since: Arc::default() }
+    }
+
+    /// Waits for its threads.
+    fn join(&self) {
+        for thread in self.running.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl GuestControl for Touched {
@@ -69,6 +84,7 @@ impl GuestControl for Touched {
     }
 
     fn resume(&mut self) -> io::Result<()> {
+        let _ = self.since.set(Instant::now());
         let pages = self.memory.region().len() / 4096;
         for thread in 0..self.threads {
             let (memory, threads) = (Arc::clone(&self.memory), self.threads);
@@ -81,6 +97,11 @@ impl GuestControl for Touched {
 
     fn devices(&mut self) -> Option<&mut dyn DeviceState> {
         Some(self)
+    }
+
+    /// Nothing of its memory is freed while it runs.
+    fn forbid_discard(&mut self, _forbid: bool) -> bool {
+        true
     }
 }
 
@@ -99,7 +120,49 @@ fn options(way: Way) -> ConnectionOptions {
     let mut channels = ChannelOptions::default();
     channels.count = way.channels;
     options.channels = channels;
+    options.rdma.postcopy = way.postcopy;
     options
+}
+
+/// What a destination in this process has seen, with its source in another.
+#[cfg(feature = "rdma")]
+pub struct Arrived {
+    /// From the start of the guest until the migration has ended, all pages in place.
+    pub seconds: f64,
+    /// From the report of a fault to its page in place.
+    pub latency: LatencySummary,
+}
+
+/// Receives a guest of `bytes` of memory at `any`, from the source that `start` starts with the address that it is to
+/// connect to.
+///
+/// # Errors
+/// [`BenchError`].
+#[cfg(feature = "rdma")]
+pub fn arrive<T>(
+    any: &Address,
+    bytes: u64,
+    way: Way,
+    cancel: &CancelToken,
+    start: impl FnOnce(&Address) -> Result<T, BenchError>,
+) -> Result<(Arrived, T), BenchError> {
+    if cancel.is_cancelled() {
+        return Err(BenchError::Cancelled);
+    }
+    let there = Arc::new(memory(bytes)?);
+    let stop = Stop::on(cancel);
+    let listener = Listener::bind(any, AllowList::default(), &stop)?;
+    let source = start(listener.address())?;
+    let touched = Touched::new(there, way.threads);
+    let report = receive(listener, &touched, way, &stop)?;
+    let ended = Instant::now();
+    touched.join();
+    if report.ending != Ending::Running {
+        return Err(refused("to receive", report.error.map(|e| Chain(&e).to_string()).unwrap_or_default()));
+    }
+    let began = touched.since.get().copied().unwrap_or(ended);
+    let latency = report.missing_pages.map_or_else(LatencySummary::default, |missing| missing.latency);
+    Ok((Arrived { seconds: (ended - began).as_secs_f64(), latency }, source))
 }
 
 /// Migrates the memory of `source` to another end in this process.
@@ -115,18 +178,16 @@ pub fn run(source: &Mapping, way: Way, cancel: &CancelToken) -> Result<Run, Benc
     let stop = Stop::on(cancel);
     let listener = Listener::bind(&any, AllowList::default(), &stop)?;
     let address = listener.address().clone();
-    let touched = Touched { memory: there, threads: way.threads, running: Arc::default() };
+    let touched = Touched::new(there, way.threads);
     let began = Instant::now();
     let (sent, arrived) = std::thread::scope(|scope| {
         let arriving = scope.spawn(|| receive(listener, &touched, way, &stop));
-        let sent = send(source, &address, way, &stop);
+        let sent = send(source, &address, way, &stop).map(SourceSession::run);
         (sent, arriving.join())
     });
     let seconds = began.elapsed().as_secs_f64();
     let (sent, arrived) = (sent?, arrived.map_err(|_| refused("to receive", "a thread panicked".into()))??);
-    for thread in touched.running.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-        let _ = thread.join();
-    }
+    touched.join();
     match (sent.outcome, arrived.ending) {
         (Outcome::Completed, Ending::Running) => {}
         _ => {
@@ -146,7 +207,11 @@ fn refused(what: &str, answer: String) -> BenchError {
     BenchError::Refused { who: "ramwire".into(), what: what.into(), answer }
 }
 
-fn send(source: &Mapping, address: &Address, way: Way, stop: &Stop) -> Result<SourceReport, BenchError> {
+/// The source's end.
+///
+/// # Errors
+/// [`BenchError`].
+pub fn send(source: &Mapping, address: &Address, way: Way, stop: &Stop) -> Result<SourceSession, BenchError> {
     let memory = guest(source)?;
     let connection = open_source(address, memory.clone(), &options(way), stop)?;
     let guest = SourceGuest { memory, dirty: Vec::new(), control: Box::new(standing_still()) };
@@ -156,14 +221,15 @@ fn send(source: &Mapping, address: &Address, way: Way, stop: &Stop) -> Result<So
     settings.same_host = true;
     settings.postcopy = way.postcopy.then(|| {
         let mut postcopy = PostcopySettings::new(PostcopyRule::AfterRounds(0));
-        postcopy.max_bandwidth = way.background;
+        // Over RDMA the destination has the limit.
+        postcopy.max_bandwidth = way.background.filter(|_| address.scheme() != "rdma");
         postcopy.preempt = way.preempt;
         postcopy
     });
     // Nothing fits it: the switch comes before the first page.
     settings.downtime_limit = if way.postcopy { Duration::ZERO } else { settings.downtime_limit };
     let again = Redial::new(address.clone(), StreamOptions::default());
-    Ok(SourceSession::new(guest, connection, settings).with_reconnect(Box::new(again)).run())
+    Ok(SourceSession::new(guest, connection, settings).with_reconnect(Box::new(again)))
 }
 
 fn receive(
@@ -176,8 +242,12 @@ fn receive(
     let memory = Box::new(guest(&touched.memory)?);
     let mut settings = DestinationSettings::default();
     settings.postcopy = way.postcopy;
+    settings.max_read_bandwidth = way.background;
     let guest = DestinationGuest { memory, control: Box::new(touched.clone()) };
     let session = DestinationSession::new(guest, connection, settings);
+    if listener.address().scheme() == "rdma" {
+        return Ok(session.run());
+    }
     let next = move |stop: &Stop| listener.accept(&StreamOptions::default(), stop);
     Ok(session.with_next_connection(Box::new(next)).run())
 }
