@@ -8,6 +8,8 @@ mod common;
 
 mod auto;
 mod failover;
+mod network;
+mod one_side;
 mod reads;
 mod relay;
 mod stopped;

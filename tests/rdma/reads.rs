@@ -8,6 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::common::{Deadline, ramwire::Ramwire, scratch};
+use crate::failover::Restored;
 
 const DEMO: [&str; 9] =
     ["demo", "--json", "--transport", "rdma", "--postcopy", "--downtime-ms", "0", "--working-set", "2M"];
@@ -122,4 +123,28 @@ fn in_rxe_guest_a_source_that_is_killed_ends_the_migration_at_the_other_end() {
         in_the_middle
     });
     assert!(caught, "never killed while pages were read");
+}
+
+/// The device is removed while pages are read: the missing ones are sent over TCP, and the guest's threads get them.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_reading_goes_on_over_tcp_when_the_device_is_removed() {
+    let caught = (0..8).any(|attempt| {
+        let dir = scratch();
+        let mut source = demo(dir.path(), &[], "96M");
+        let pid = source.pid();
+        let before = || destination(pid).filter(|destination| has_thread(*destination, "ramwire-reads"));
+        Deadline::seconds(30).poll("the switch", || source.errors(), before);
+        let _restored = Restored;
+        let mut removal = Command::new("rdma").args(["link", "delete", "rxe0"]).spawn().unwrap();
+        let report = source.finished(Deadline::seconds(100), 0);
+        whole(&report);
+        let removed = || removal.try_wait().unwrap();
+        let status = Deadline::seconds(60).poll("rdma link delete: end", String::new, removed);
+        assert!(status.success(), "{status}");
+        let told = source.errors();
+        println!("attempt {attempt}: {}\n{told}", report["postcopy"]);
+        told.contains("the connection is lost")
+    });
+    assert!(caught, "the device was never removed while pages were read");
 }

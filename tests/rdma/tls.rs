@@ -3,7 +3,6 @@
 use std::collections::HashSet;
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -20,6 +19,7 @@ use crate::common::{
     ramwire::Ramwire,
     scratch,
 };
+use crate::network::{End, FAR, Network};
 
 /// The name of the RAM block.
 const BLOCK: &str = "memory-of-the-guest";
@@ -96,56 +96,6 @@ fn in_rxe_guest_with_tls_who_is_unknown_is_refused_and_the_right_source_is_taken
     let said = self::sender(dir.path(), &uri, &[&ours, host, "--require-tls"], &ram);
     let said = { said }.failed(Deadline::seconds(20), 2);
     assert!(said.contains("the pages of guest RAM travel unencrypted"), "{said}");
-}
-
-/// Two soft-RoCE devices whose packets go over a pair of network interfaces: within one device they stay inside the driver.
-struct Network;
-
-const NEAR: &str = "10.9.1.1";
-const FAR: &str = "10.9.1.2";
-
-fn run(script: &str) {
-    let output = Command::new("sh").args(["-ec", script]).output().unwrap();
-    assert!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
-}
-
-impl Network {
-    fn new() -> Self {
-        let made = Self;
-        // Addresses of this host are local before any other route is looked at. Here a packet that has arrived is local,
-        // and one that leaves has a route.
-        run(&format!(
-            "ip link add va type veth peer name vb
-             for end in va vb; do
-                 for set in accept_local=1 rp_filter=0 arp_ignore=1; do
-                     echo ${{set#*=}} >/proc/sys/net/ipv4/conf/$end/${{set%=*}}
-                 done
-                 ip link set $end mtu 9000 up
-             done
-             echo 0 >/proc/sys/net/ipv4/conf/all/rp_filter
-             ip addr add {NEAR}/24 dev va
-             ip addr add {FAR}/24 dev vb
-             ip rule add pref 1 iif va lookup local
-             ip rule add pref 2 iif vb lookup local
-             ip rule add pref 3 to {FAR} lookup 101
-             ip rule add pref 4 to {NEAR} lookup 102
-             ip route add {FAR} dev va src {NEAR} table 101
-             ip route add {NEAR} dev vb src {FAR} table 102
-             ip rule add pref 100 lookup local
-             ip rule del pref 0
-             rdma link add rxeva type rxe netdev va
-             rdma link add rxevb type rxe netdev vb"
-        ));
-        made
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        let script = "rdma link delete rxeva; rdma link delete rxevb; ip link del va
-             ip rule add pref 0 lookup local; for pref in 1 2 3 4 100; do ip rule del pref $pref; done";
-        let _ = Command::new("sh").args(["-c", script]).status();
-    }
 }
 
 /// Everything that any network interface sends or receives.
@@ -276,4 +226,37 @@ fn in_rxe_guest_a_capture_shows_no_message_with_tls_and_the_pages_as_they_are() 
         let page = ram.chunks(4096).find(|page| page.iter().any(|byte| *byte != 0)).unwrap();
         assert!(secured.pages.windows(64).any(|window| window == &page[..64]));
     }
+}
+
+/// Pages and messages are encrypted on the TCP connection on which a migration goes on.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_with_tls_a_migration_that_loses_its_link_goes_on_over_tcp_with_tls() {
+    let network = Network::new();
+    let dir = scratch();
+    let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
+    fill(&ram, 8, Pattern::Mixed { seed: 72 });
+    let tls = authority(dir.path(), "ours");
+    let host = "--tls-hostname=localhost";
+    let fallback = ["--reconnect", "60", "--fallback"];
+    let more = [&[&tls[..]], &fallback[..], &["tcp:127.0.0.1:0"]].concat();
+    let (mut receiver, uri) = receiver(dir.path(), FAR, &more, &folder);
+    let told = receiver.errors();
+    let there =
+        told.lines().find_map(|line| line.strip_prefix("listening for connections after the first on "));
+    let more =
+        [&[&tls[..], host, "--max-bandwidth", "2M", "--verify", "fast"], &fallback[..], &[there.unwrap()]]
+            .concat();
+    let mut sender = sender(dir.path(), &uri, &more, &ram);
+    network.carries(End::Near, 2 << 20, || sender.errors());
+    network.down(End::Near);
+    let sent = sender.finished(Deadline::seconds(100), 0);
+    let arrived = receiver.finished(Deadline::seconds(20), 0);
+    println!("{}", sent["lost-connections"]);
+    assert_eq!(
+        (&sent["lost-connections"]["count"], &arrived["verified"]),
+        (&json!(1), &json!(true)),
+        "{sent}"
+    );
+    compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|difference| panic!("{difference:?}"));
 }
