@@ -148,3 +148,17 @@ fn in_rxe_guest_reading_goes_on_over_tcp_when_the_device_is_removed() {
     });
     assert!(caught, "the device was never removed while pages were read");
 }
+
+/// The source may not lock all of its memory at a time: a part is registered when another was read.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_memory_of_which_only_a_part_may_be_locked_is_read_part_by_part() {
+    let limited = "ulimit -l 32768; exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", limited, "demo", env!("CARGO_BIN_EXE_ramwire")]).args(DEMO);
+    command.args(["--dirty-rate", "1M", "--pin-budget", "8M", "--zero", "0", "--ram", "72M"]);
+    let output = command.output().unwrap();
+    let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{out}{errors}");
+    whole(&serde_json::from_str(&out).unwrap());
+}

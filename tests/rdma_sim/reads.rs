@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ramwire::engine::{Ending, Outcome, PostcopyRule};
-use ramwire::guest::{DirtyError, DirtySource, MappedGuest, TestMachine};
+use ramwire::guest::{DirtyError, DirtySource, MappedGuest, TestMachine, VcpuThreads};
 use ramwire::ram::PageBitmap;
 use ramwire::session::{
     DestinationGuest, DestinationReport, DestinationSession, DestinationSettings, NewConnection, Peer,
@@ -77,9 +77,10 @@ struct Run {
 }
 
 /// The guest's thread at the destination: from the start on it reads all memory, last block and last page first.
-fn touch(memory: Arc<MappedGuest>, machine: TestMachine) -> Receiver<Vec<u8>> {
+fn touch(memory: Arc<MappedGuest>, machine: TestMachine, vcpus: VcpuThreads) -> Receiver<Vec<u8>> {
     let (tell, told) = channel();
     std::thread::spawn(move || {
+        vcpus.enter(0);
         while !machine.runs() {
             std::thread::sleep(Duration::from_micros(50));
         }
@@ -130,7 +131,8 @@ fn migrate_on(config: SimConfig, rdma: RdmaOptions, rounds: u32, release: bool, 
     let tcp = Listener::bind(&Address::tcp("127.0.0.1", 0), AllowList::default(), &Stop::never()).unwrap();
     let redial = Redial::new(tcp.address().clone(), StreamOptions::default());
     let arrived = TestMachine::default().keeping_memory();
-    let seen = touch(Arc::clone(&to), arrived.clone());
+    let vcpus = VcpuThreads::default();
+    let seen = touch(Arc::clone(&to), arrived.clone(), vcpus.clone());
     let (arriving, far_stop, machine) = (Arc::clone(&to), stop.clone(), arrived.clone());
     let mut listener = RdmaListener::bind(Arc::new(there), "10.0.0.2", 4444, AllowList::default()).unwrap();
     let destination = std::thread::spawn(move || {
@@ -138,6 +140,7 @@ fn migrate_on(config: SimConfig, rdma: RdmaOptions, rounds: u32, release: bool, 
         let connection = listener.accept(&options, &RdmaOptions::default(), &far_stop).ok()?;
         let mut settings = DestinationSettings::default();
         (settings.postcopy, settings.stall_timeout) = (true, LONG);
+        settings.vcpu_threads = vcpus;
         let guest = DestinationGuest { memory: Box::new(arriving), control: Box::new(machine) };
         let mut session = DestinationSession::new(guest, connection, settings);
         if goes_on {
@@ -198,6 +201,12 @@ fn missing_pages_are_read_from_the_source_and_every_byte_is_there() {
         assert!(run.seen.recv_timeout(PATIENCE).unwrap() == bytes(&run.from), "{what}: as its thread saw it");
         let missing = destination.missing_pages.unwrap();
         println!("{what}: {} faults, {:?}", missing.faults, missing.latency);
+        let waits: u64 = missing.waits.vcpus.iter().map(|vcpu| vcpu.waits.count).sum();
+        assert!(
+            missing.faults == 0 || waits > 0,
+            "{what}: the thread is known as a vCPU: {:?}",
+            missing.waits
+        );
         let written = source.statistics.pages.normal;
         assert_eq!(written > 0, rounds > 0, "{what}: {written} pages were written by RDMA before the switch");
         assert_eq!((run.sim.live_registrations(), run.sim.unready_messages()), (0, 0), "{what}");
