@@ -22,7 +22,8 @@ use crate::common::{
 use crate::demo;
 
 /// Removes root's right to lock unlimited memory, and limits it to 64 KiB.
-const LIMITED: &str = "ulimit -l 64; set -- setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$@\";";
+pub(crate) const LIMITED: &str =
+    "ulimit -l 64; set -- setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$@\";";
 
 /// Hides rdma-core's libraries, for this command alone.
 const HIDDEN: &str = "set -- unshare --mount sh -c 'for name in libibverbs.so.1 librdmacm.so.1; do \
@@ -37,24 +38,36 @@ fn devices() -> Value {
 
 /// Sends a small guest by `auto:` from a `send` to a `receive` at `listen`; returns both reports.
 fn send_by_auto(listen: &str, prepare: &str) -> (Value, Value) {
+    let (sent, received, _) = send_with(listen, prepare, &[], &[]);
+    (sent, received)
+}
+
+/// The same with further options of both ends; also what the receiver said.
+pub(crate) fn send_with(
+    listen: &str,
+    prepare: &str,
+    receiving: &[&str],
+    sending: &[&str],
+) -> (Value, Value, String) {
     let dir = scratch();
     let (ram, folder) = (dir.path().join("ram"), dir.path().join("guest"));
     fill(&ram, 8, Pattern::Mixed { seed: 41 });
-    let mut receiver = Ramwire::start(dir.path(), &["receive", listen, "--json", "--dir"], &folder);
+    let arguments = [&["receive", listen, "--json"], receiving, &["--dir"]].concat();
+    let mut receiver = Ramwire::start(dir.path(), &arguments, &folder);
     let uri = receiver.listening().replacen("tcp:", "auto:", 1);
     let block = format!("m0={}", ram.display());
     let script = format!("{prepare} exec \"$@\"");
     let mut sender = Command::new("sh");
     sender.args(["-c", &script, "send", env!("CARGO_BIN_EXE_ramwire"), "send", &uri, "--json", "--digest"]);
-    let output = sender.args(["--ram", &block]).output().unwrap();
+    let output = sender.args(sending).args(["--ram", &block]).output().unwrap();
     assert!(output.status.success(), "{output:?}\n{}", receiver.errors());
     let sent = serde_json::from_slice(&output.stdout).unwrap();
     let received = receiver.finished(Deadline::seconds(20), 0);
     compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|difference| panic!("{difference:?}"));
-    (sent, received)
+    (sent, received, receiver.errors())
 }
 
-fn assert_why(report: &Value, transport: &str, parts: &[&str]) {
+pub(crate) fn assert_why(report: &Value, transport: &str, parts: &[&str]) {
     let why = report["why"].as_str().unwrap();
     let whole = report["transport"] == transport && parts.iter().all(|part| why.contains(part));
     assert!(whole, "{transport} because of {parts:?}: {report}");

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::json;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::auto::{LIMITED, assert_why, send_with};
 use crate::common::{
     Deadline, RXE_ADDRESS,
     certificates::Authority,
@@ -96,6 +97,42 @@ fn in_rxe_guest_with_tls_who_is_unknown_is_refused_and_the_right_source_is_taken
     let said = self::sender(dir.path(), &uri, &[&ours, host, "--require-tls"], &ram);
     let said = { said }.failed(Deadline::seconds(20), 2);
     assert!(said.contains("the pages of guest RAM travel unencrypted"), "{said}");
+}
+
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_auto_with_tls_is_rdma_between_ends_that_know_each_other_or_else_tcp() {
+    let dir = scratch();
+    let ours = authority(dir.path(), "ours");
+    let both =
+        |listen: &str, prepare| send_with(listen, prepare, &[&ours], &[&ours, "--tls-hostname=localhost"]);
+    let listen = format!("auto:{RXE_ADDRESS}:0");
+    let (sent, received, told) = both(&listen, "");
+    assert_why(&sent, "rdma", &["both ends"]);
+    assert_why(&received, "rdma", &[]);
+    assert!(told.contains("only they"), "the pages are told as unencrypted: {told}");
+    let (sent, received, _) = both(&listen, LIMITED);
+    assert_why(&sent, "tcp", &["RDMA did not work: memory-lock limit: "]);
+    assert_why(&received, "tcp", &["the source connected by TCP"]);
+    // It asks there for queue pairs first.
+    let (sent, _, told) = both(&format!("tcp:{RXE_ADDRESS}:0"), "");
+    assert_why(&sent, "tcp", &["RDMA did not work: refused by peer: "]);
+    assert!(told.contains("of a source by rdma:, and this end does not listen for RDMA"), "{told}");
+
+    // A relay between, whose sides have authorities of their own.
+    let (ram, folder) = guest(dir.path());
+    let theirs = authority(dir.path(), "theirs");
+    let mut receiver = Ramwire::start(dir.path(), &["receive", &listen, "--json", &theirs, "--dir"], &folder);
+    let near = format!("--listen-{}", &ours[2..]);
+    let hostname = "--tls-hostname=localhost";
+    let relay = ["relay", "--json", "--listen", &listen, &near, &theirs, hostname, "--connect"];
+    let mut relay = Ramwire::start(dir.path(), &relay, receiver.listening());
+    let sent =
+        sender(dir.path(), &relay.listening(), &[&ours, hostname], &ram).finished(Deadline::seconds(30), 0);
+    let passed = relay.finished(Deadline::seconds(20), 0);
+    let received = receiver.finished(Deadline::seconds(20), 0);
+    assert_eq!((&sent["transport"], &received["transport"]), (&json!("rdma"), &json!("rdma")), "{passed}");
+    compare(&ram, &folder.join("ram-000.bin")).unwrap_or_else(|difference| panic!("{difference:?}"));
 }
 
 /// Everything that any network interface sends or receives.

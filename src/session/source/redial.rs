@@ -4,9 +4,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::sys::Stop;
-use crate::transport::{
-    Address, ByteSink, ByteSource, OpenError, StreamChannel, StreamOptions, Tls, connect,
-};
+use crate::transport::{Address, ByteSink, ByteSource, OpenError, StreamChannel, StreamOptions, connect};
 
 /// How long an attempt may take where there is another address to try.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -60,7 +58,8 @@ impl Redial {
     /// only once, and is left for [others](Self::with_fallbacks). A later address uses TLS if this one does.
     pub fn new(address: Address, options: StreamOptions) -> Self {
         let tcp = address.host_and_port().filter(|_| address.decides_late());
-        let address = tcp.map(|(host, port)| Address::tcp(host, port)).unwrap_or(address);
+        let tcp = tcp.map(|(host, port)| Address::tcp(host, port).with_tls_of(&address));
+        let address = tcp.unwrap_or(address);
         Self { address, options, others: VecDeque::new() }
     }
 
@@ -68,8 +67,7 @@ impl Redial {
     /// followed by one to the next address, and so is a connection on which the destination does not answer. They use TLS if
     /// the first address does.
     pub fn with_fallbacks(mut self, fallbacks: impl IntoIterator<Item = Address>) -> Self {
-        let tls = self.address.tls().cloned();
-        self.others = fallbacks.into_iter().map(|address| with_tls(address, tls.as_ref())).collect();
+        self.others = fallbacks.into_iter().map(|address| address.with_tls_of(&self.address)).collect();
         if !is_stream(&self.address)
             && let Some(first) = self.others.pop_front()
         {
@@ -96,18 +94,10 @@ fn is_stream(address: &Address) -> bool {
     matches!(address.scheme(), "tcp" | "unix")
 }
 
-/// An address of a destination whose others use `tls`.
-fn with_tls(address: Address, tls: Option<&Tls>) -> Address {
-    match (address.tls(), tls) {
-        (None, Some(tls)) => address.with_tls(tls.clone()),
-        _ => address,
-    }
-}
-
 impl Reconnect for Redial {
     fn connect(&mut self, address: Option<&Address>, stop: &Stop) -> Result<NewConnection, OpenError> {
         if let Some(address) = address {
-            *self = Self::new(with_tls(address.clone(), self.address.tls()), self.options);
+            *self = Self::new(address.clone().with_tls_of(&self.address), self.options);
         }
         let connected = self.connect_once(stop);
         if connected.is_err() {

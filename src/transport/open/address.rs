@@ -78,6 +78,12 @@ impl Address {
         Self { tls: Some(tls), ..self }
     }
 
+    /// The same address with the TLS settings of `other`, if it has none itself.
+    #[must_use]
+    pub(crate) fn with_tls_of(self, other: &Self) -> Self {
+        Self { tls: self.tls.or_else(|| other.tls.clone()), ..self }
+    }
+
     /// TLS settings of its connections, if they use TLS.
     pub fn tls(&self) -> Option<&Tls> {
         self.tls.as_ref()
@@ -109,8 +115,8 @@ impl Address {
     }
 
     /// True if RAM would be sent over a network unencrypted: to a host other than this one, without TLS or by RDMA, whose
-    /// pages TLS does not encrypt. A name counts as another host, unless it is `localhost`. For a descriptor or a command it
-    /// is unknown: false.
+    /// pages TLS does not encrypt; `auto:` may choose RDMA. A name counts as another host, unless it is `localhost`. For a
+    /// descriptor or a command it is unknown: false.
     pub fn is_in_clear(&self) -> bool {
         let Some((host, _)) = self.host_and_port() else { return false };
         let loopback = match host.parse::<std::net::IpAddr>() {

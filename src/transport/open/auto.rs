@@ -1,17 +1,24 @@
 //! `auto:HOST:PORT`: RDMA if both ends have a device that reaches the other, otherwise TCP, with the reason.
 //!
 //! The destination listens for both at one port. The source tries RDMA first, within [`DECISION_TIMEOUT`].
+//!
+//! With TLS every source comes by TCP first, and says there whether its queue pairs follow or its stream.
 
 #[cfg(feature = "rdma")]
 use std::time::Duration;
 
+#[cfg(all(feature = "rdma", feature = "tls"))]
+use super::candidates::EITHER;
 use super::candidates::{self, Candidates, MAIN};
+use super::listener::Sockets;
 use super::scheme::{Endpoint, Opening, Scheme, SchemeAbilities, TlsCover, no_stream, rdma_scheme};
 use super::{DECISION_TIMEOUT, obstacle, parse_host, rdma_address};
 #[cfg(feature = "rdma")]
 use crate::error::Chain;
 use crate::guest::GuestMemory;
 use crate::sys::{Stop, StopReason};
+#[cfg(all(feature = "rdma", feature = "tls"))]
+use crate::transport::rdma::{CameByTls, accept_by_tls};
 #[cfg(feature = "rdma")]
 use crate::transport::rdma::{RdmaListener, usable_address};
 use crate::transport::stream::tcp::{self, TcpListener};
@@ -36,7 +43,7 @@ pub(super) static SCHEME: Scheme = Scheme {
         page_channels: false,
         pages_in_stream: true,
         answers: true,
-        tls: TlsCover::Nothing,
+        tls: TlsCover::AllButPages,
         decides_late: true,
     },
     open,
@@ -55,7 +62,8 @@ fn open(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
         Err(error) if opening.stop.reason() == Some(StopReason::Cancelled) => return Err(error),
         Err(error) => obstacle::why(&error),
     };
-    let by_tcp = Opening { address: &Address::tcp(host, port), ..*opening };
+    let address = Address::tcp(host, port).with_tls_of(opening.address);
+    let by_tcp = Opening { address: &address, ..*opening };
     match (tcp::SCHEME.open)(&by_tcp) {
         Ok(mut connection) => {
             connection.chosen.why = why;
@@ -75,9 +83,8 @@ fn by_rdma(opening: &Opening<'_>) -> Result<SourceConnection, OpenError> {
     let mut options = options.clone();
     options.stream.dead_peer = DECISION_TIMEOUT;
     let (host, port) = address.host();
-    let stop = stop.within(DECISION_TIMEOUT);
-    let opening = Opening { address: &Address::rdma(host, port), options: &options, stop: &stop, memory };
-    (rdma_scheme().open)(&opening)
+    let (address, stop) = (Address::rdma(host, port).with_tls_of(address), stop.within(DECISION_TIMEOUT));
+    (rdma_scheme().open)(&Opening { address: &address, options: &options, stop: &stop, memory })
 }
 
 /// Checked before connecting: once the peer has accepted the connection, it waits for no other.
@@ -98,7 +105,7 @@ fn check_rdma(memory: &dyn GuestMemory, options: &ConnectionOptions) -> Result<(
 /// Waits for a source on either transport.
 #[derive(Debug)]
 pub(super) struct AutoListener {
-    tcp: TcpListener,
+    tcp: Sockets<TcpListener>,
     #[cfg(feature = "rdma")]
     rdma: Option<RdmaListener>,
     /// Why it listens on TCP only.
@@ -108,11 +115,10 @@ pub(super) struct AutoListener {
 impl AutoListener {
     /// TCP chooses the port; RDMA is omitted if it is not available.
     fn bind(address: &Address, allow: AllowList, stop: &Stop) -> Result<Self, OpenError> {
-        let (host, port) = address.host();
-        let tcp = TcpListener::bind(host, port, allow.clone(), stop)?;
+        let tcp = Sockets::of_tcp(address, allow.clone(), stop, Address::auto)?;
         #[cfg(feature = "rdma")]
         {
-            if tcp.is_loopback() {
+            if !tcp.open_to_network {
                 // Without a host, only this machine can connect; on an RDMA device every host that reaches it could
                 // connect.
                 let no_device = Obstacle::NoDevice;
@@ -121,7 +127,7 @@ impl AutoListener {
                 let why_not = Some(why_not);
                 return Ok(Self { tcp, rdma: None, why_not });
             }
-            let port = tcp.port();
+            let (host, port) = (address.host().0, tcp.listening.port());
             let address = Address::auto(host, port);
             let no = |why| OpenError::NoRdma { address: address.to_string(), why };
             let rdma =
@@ -141,11 +147,11 @@ impl AutoListener {
 
 impl Endpoint for AutoListener {
     fn addresses(&self) -> Vec<Address> {
-        self.tcp.locals().map(|local| Address::auto(tcp::host_of(local), local.port())).collect()
+        self.tcp.addresses()
     }
 
     fn is_open_to_network(&self) -> bool {
-        !self.tcp.is_loopback()
+        self.tcp.is_open_to_network()
     }
 
     /// The first source that connects, by either transport.
@@ -157,6 +163,14 @@ impl Endpoint for AutoListener {
     ) -> Result<DestinationConnection, OpenError> {
         #[cfg(feature = "rdma")]
         if let Some(listener) = &mut self.rdma {
+            #[cfg(feature = "tls")]
+            if self.tcp.tls.is_some() {
+                let came = accept_by_tls((listener, &self.tcp), candidates, &EITHER, options, stop)?;
+                return Ok(match came {
+                    CameByTls::QueuePairs(connection) => connection,
+                    CameByTls::Stream(channel) => over_tcp(channel),
+                });
+            }
             return accept_either((&self.tcp, candidates), listener, &options.stream, &options.rdma, stop);
         }
         let why = self.why_not.clone().unwrap_or_default();
@@ -184,7 +198,7 @@ fn host_memory() -> u64 {
 /// Waits for both at once, RDMA on a thread of its own, since its handshake must not be cut into slices.
 #[cfg(feature = "rdma")]
 fn accept_either(
-    (tcp, candidates): (&TcpListener, &mut Candidates),
+    (tcp, candidates): (&Sockets<TcpListener>, &mut Candidates),
     listener: &mut RdmaListener,
     options: &StreamOptions,
     rdma: &RdmaOptions,
@@ -225,7 +239,13 @@ fn accept_either(
         if let Ok(connection) = connections.recv() {
             return Ok(connection);
         }
-        let why = "the source connected by TCP; its output has the reason".into();
-        Ok(DestinationConnection::over(came?).by(ChosenTransport { transport: "tcp", why }))
+        Ok(over_tcp(came?))
     })
+}
+
+/// The connection of a source that could have come by RDMA.
+#[cfg(feature = "rdma")]
+fn over_tcp(channel: StreamChannel) -> DestinationConnection {
+    let why = "the source connected by TCP; its output has the reason".into();
+    DestinationConnection::over(channel).by(ChosenTransport { transport: "tcp", why })
 }

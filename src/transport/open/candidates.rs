@@ -35,6 +35,9 @@ const TLS_HANDSHAKE: u8 = 22;
 pub(crate) const MAIN: [u32; 1] = [file::MAGIC];
 /// First word of a source that moves pages by RDMA, on its TLS connection.
 pub(crate) const QUEUE_PAIRS: [u32; 1] = [u32::from_be_bytes(*b"RWQ1")];
+/// First words of a source that has not said yet by which of both it comes.
+#[cfg(all(feature = "rdma", feature = "tls"))]
+pub(crate) const EITHER: [u32; 2] = [MAIN[0], QUEUE_PAIRS[0]];
 /// First words of a main channel and of a page channel.
 pub(crate) const MAIN_AND_PAGES: [u32; 2] = [file::MAGIC, multifd::MAGIC];
 

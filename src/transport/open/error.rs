@@ -65,8 +65,8 @@ pub enum OpenError {
         /// Why not.
         source: TlsError,
     },
-    /// TLS for an address without connections, or for `auto:`.
-    #[error("{address} can't be encrypted; use tcp: or unix: with TLS, or rdma:")]
+    /// TLS for an address without connections.
+    #[error("{address} can't be encrypted; use tcp: or unix: with TLS, or rdma: or auto:")]
     NoTls {
         /// The address.
         address: String,

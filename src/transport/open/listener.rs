@@ -66,7 +66,7 @@ impl Listener {
                 "{address}: guest RAM travels unencrypted and unauthenticated; {}",
                 Remedy::AllowPeers
             )),
-            (Some(_), TlsCover::AllButPages) => {
+            (Some(_), TlsCover::AllButPages) if self.why_no_rdma().is_none() => {
                 Some(format!("{address}: by RDMA the pages of guest RAM travel unencrypted, and only they"))
             }
             (Some(_), _) => None,

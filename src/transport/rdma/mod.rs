@@ -37,6 +37,8 @@ use crate::transport::{ChannelError, Obstacle, Side};
 pub use destination::{RdmaDestination, RdmaListener, RdmaReturnSink};
 pub(super) use here::SCHEME;
 pub use here::usable_address;
+#[cfg(feature = "tls")]
+pub(super) use secured::{CameByTls, accept_by_tls};
 #[cfg(test)]
 pub(super) use simulated::simulated;
 #[cfg(all(test, feature = "tls"))]

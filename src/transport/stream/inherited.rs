@@ -83,10 +83,6 @@ fn endpoint<L>(listening: L, here: Address, open_to_network: bool, address: &Add
 where
     L: Listening + std::fmt::Debug + Send + 'static,
 {
-    let tls = address.tls().cloned();
-    let here = match &tls {
-        Some(tls) => here.with_tls(tls.clone()),
-        None => here,
-    };
-    Box::new(Sockets { listening, addresses: vec![here], open_to_network, tls })
+    let addresses = vec![here.with_tls_of(address)];
+    Box::new(Sockets { listening, addresses, open_to_network, tls: address.tls().cloned() })
 }

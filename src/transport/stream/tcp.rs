@@ -33,20 +33,28 @@ pub(in crate::transport) static SCHEME: Scheme = Scheme {
         let (host, port) = address.host();
         connect(host, port, options, stop)
     },
-    listen: |address, allow, stop| {
+    listen: |address, allow, stop| Ok(Box::new(Sockets::of_tcp(address, allow, stop, Address::tcp)?)),
+};
+
+impl Sockets<TcpListener> {
+    /// Listens at the host and port of `address`, with its TLS settings. `named` makes the addresses that sources use.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub(in crate::transport) fn of_tcp(
+        address: &Address,
+        allow: AllowList,
+        stop: &Stop,
+        named: fn(String, u16) -> Address,
+    ) -> Result<Self, OpenError> {
         let (host, port) = address.host();
         let listening = TcpListener::bind(host, port, allow, stop)?;
-        let tls = address.tls().cloned();
-        let here = |local: SocketAddr| Address::tcp(host_of(local), local.port());
-        let addresses = listening.locals().map(here).map(|here| match &tls {
-            Some(tls) => here.with_tls(tls.clone()),
-            None => here,
-        });
-        let addresses = addresses.collect();
+        let here = |local: SocketAddr| named(host_of(local), local.port()).with_tls_of(address);
+        let addresses = listening.locals().map(here).collect();
         let open_to_network = !listening.is_loopback();
-        Ok(Box::new(Sockets { listening, addresses, open_to_network, tls }))
-    },
-};
+        Ok(Self { listening, addresses, open_to_network, tls: address.tls().cloned() })
+    }
+}
 
 /// Number of unanswered keepalive probes after which the peer counts as dead.
 const PROBES: u32 = 5;

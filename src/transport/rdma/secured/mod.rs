@@ -34,8 +34,8 @@ use crate::transport::open::{Endpoint, Sockets, no_stream};
 use crate::transport::page_server::fill;
 use crate::transport::stream::tcp::TcpListener;
 use crate::transport::{
-    Address, AllowList, ByteSink as _, ChannelError, ConnectionOptions, DestinationConnection, OpenError,
-    Side, StreamChannel, StreamOptions, Tls, connect,
+    Address, AllowList, ByteSink as _, ChannelError, ConnectionOptions, DECISION_TIMEOUT,
+    DestinationConnection, OpenError, Side, StreamChannel, StreamOptions, Tls, connect,
 };
 use fabric::{SecuredFabric, SecuredListener};
 use keys::{SHARE_BYTES, Secret, Share, share};
@@ -46,6 +46,8 @@ const ASKING: &str = "agreeing on keys for RDMA by TLS";
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a source may take to connect its queue pairs after it came by TLS.
 const QUEUE_PAIRS_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same where the source may come by a stream instead: it has decided after [`DECISION_TIMEOUT`], which began earlier.
+const UNDECIDED_TIMEOUT: Duration = Duration::from_secs(DECISION_TIMEOUT.as_secs() + 1);
 /// Interval at which a destination rejects those that ask for a queue pair without TLS.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -136,25 +138,70 @@ impl SecuredRdma {
         let sources = Sockets { listening, addresses, open_to_network: true, tls: Some(tls.clone()) };
         Ok(Self { rdma: bind(port)?, sources, address: Address::rdma(host, port).with_tls(tls.clone()) })
     }
+}
 
-    /// Waits for a source by TLS. Meanwhile everybody who asks for a queue pair is rejected: no proof exists yet.
-    fn next_source(
-        &mut self,
-        candidates: &mut Candidates,
-        options: &StreamOptions,
-        stop: &Stop,
-    ) -> Result<Secret, OpenError> {
-        loop {
-            reject_all(self.rdma.parts().0, candidates);
-            let slice = stop.within(POLL_INTERVAL);
-            let mut channel = match candidates.next(&self.sources, (&QUEUE_PAIRS, 1), options, &slice) {
-                Err(error) if is_over(&error) && stop.reason().is_none() => continue,
-                came => came?,
-            };
-            match answer(&mut channel, stop) {
-                Ok(secret) => return Ok(secret),
-                Err(error) => candidates.dismiss(channel.peer(), &Chain(&error).to_string()),
+/// What a source that came by TLS has.
+pub(in crate::transport) enum CameByTls {
+    /// Queue pairs.
+    QueuePairs(DestinationConnection),
+    /// Its stream, on the connection with TLS.
+    Stream(StreamChannel),
+}
+
+/// Waits for a source by TLS at `sources`. If it wants queue pairs it is waited for at `rdma`, and if they don't come, for
+/// the next source. `wanted`: the first words that may come by TLS.
+///
+/// # Errors
+/// [`OpenError`]. Where a stream may come as well, a source whose queue pairs fail comes again by it.
+pub(in crate::transport) fn accept_by_tls(
+    (rdma, sources): (&mut RdmaListener, &Sockets<TcpListener>),
+    candidates: &mut Candidates,
+    wanted: &[u32],
+    options: &ConnectionOptions,
+    stop: &Stop,
+) -> Result<CameByTls, OpenError> {
+    let may_be_stream = wanted != QUEUE_PAIRS;
+    let patience = if may_be_stream { UNDECIDED_TIMEOUT } else { QUEUE_PAIRS_TIMEOUT };
+    loop {
+        let mut channel = next_source((rdma, sources), candidates, wanted, &options.stream, stop)?;
+        if may_be_stream && channel.peek_word(stop)? != QUEUE_PAIRS[0].to_be_bytes() {
+            return Ok(CameByTls::Stream(channel));
+        }
+        let secret = match answer(&mut channel, stop) {
+            Ok(secret) => secret,
+            Err(error) => {
+                candidates.dismiss(channel.peer(), &Chain(&error).to_string());
+                continue;
             }
+        };
+        let (listener, accepting) = rdma.parts();
+        let mut listener = SecuredListener::new(listener, secret);
+        let within = stop.within(patience);
+        match accepting.accept(&mut listener, &options.stream, &options.rdma, &within) {
+            Err(ChannelError::Stopped { reason: StopReason::Deadline, .. }) if stop.reason().is_none() => {
+                candidates.dismiss(channel.peer(), "it came by TLS and has connected no queue pair");
+            }
+            Err(error) if may_be_stream && stop.reason().is_none() => {
+                candidates.dismiss(channel.peer(), &Chain(&error).to_string());
+            }
+            accepted => return Ok(CameByTls::QueuePairs(accepted?)),
+        }
+    }
+}
+
+/// Waits for a source by TLS. Meanwhile everybody who asks for a queue pair is rejected: no proof exists yet.
+fn next_source(
+    (rdma, sources): (&mut RdmaListener, &Sockets<TcpListener>),
+    candidates: &mut Candidates,
+    wanted: &[u32],
+    options: &StreamOptions,
+    stop: &Stop,
+) -> Result<StreamChannel, OpenError> {
+    loop {
+        reject_all(rdma.parts().0, candidates);
+        match candidates.next(sources, (wanted, 1), options, &stop.within(POLL_INTERVAL)) {
+            Err(error) if is_over(&error) && stop.reason().is_none() => {}
+            came => return came,
         }
     }
 }
@@ -191,19 +238,11 @@ impl Endpoint for SecuredRdma {
         options: &ConnectionOptions,
         stop: &Stop,
     ) -> Result<DestinationConnection, OpenError> {
-        loop {
-            let secret = self.next_source(candidates, &options.stream, stop)?;
-            let (listener, accepting) = self.rdma.parts();
-            let mut listener = SecuredListener::new(listener, secret);
-            let within = stop.within(QUEUE_PAIRS_TIMEOUT);
-            match accepting.accept(&mut listener, &options.stream, &options.rdma, &within) {
-                Err(ChannelError::Stopped { reason: StopReason::Deadline, .. })
-                    if stop.reason().is_none() =>
-                {
-                    let why = "it came by TLS and has connected no queue pair";
-                    candidates.dismiss(&self.address.to_string(), why);
-                }
-                accepted => return Ok(accepted?),
+        let ends = (&mut self.rdma, &self.sources);
+        match accept_by_tls(ends, candidates, &QUEUE_PAIRS, options, stop)? {
+            CameByTls::QueuePairs(connection) => Ok(connection),
+            CameByTls::Stream(_) => {
+                no_stream(&self.address, &options.stream, stop).map(DestinationConnection::over)
             }
         }
     }

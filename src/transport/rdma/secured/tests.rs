@@ -9,17 +9,20 @@ use rdma_hooks::{Cancel, Fabric, FabricError};
 
 use super::fabric::{SecuredFabric, SecuredListener};
 use super::keys::{COVERED_BYTES, Secret};
-use super::{QUEUE_PAIRS_TIMEOUT, SecuredRdma, ask, beside};
+use super::{
+    CameByTls, QUEUE_PAIRS_TIMEOUT, SecuredRdma, UNDECIDED_TIMEOUT, accept_by_tls, answer, ask, beside,
+    next_source,
+};
 use crate::guest::{GuestMemory, MappedGuest};
 use crate::ram::{BlockName, RamBlock};
 use crate::sys::{CancelToken, Mapping, RecvPart, SendPart, Stop};
 use crate::transport::open::Endpoint;
-use crate::transport::open::candidates::Candidates;
+use crate::transport::open::candidates::{Candidates, EITHER, QUEUE_PAIRS};
 use crate::transport::rdma::{RdmaListener, connect_over};
 use crate::transport::tls::tests::certificates::Authority;
 use crate::transport::{
-    Address, AllowList, ByteSink, ChannelError, ConnectionOptions, OpenError, SourceConnection,
-    StreamOptions, Tls, TlsOptions, connect,
+    Address, AllowList, ByteSink, ByteSource as _, ChannelError, ConnectionOptions, OpenError,
+    SourceConnection, StreamOptions, Tls, TlsOptions, connect,
 };
 use crate::units::PageSize;
 
@@ -128,7 +131,9 @@ fn who_comes_without_tls_is_rejected_and_the_next_source_is_taken() {
             let mut channel = connect(&tcp, &options, &stop).unwrap();
             (ask(&mut channel, &stop).unwrap(), other)
         });
-        let secret = listener.next_source(&mut candidates, &options, &stop).unwrap();
+        let ends = (&mut listener.rdma, &listener.sources);
+        let mut came = next_source(ends, &mut candidates, &QUEUE_PAIRS, &options, &stop).unwrap();
+        let secret = answer(&mut came, &stop).unwrap();
         (source.join().unwrap().0, secret)
     });
     let request = [5; COVERED_BYTES];
@@ -164,6 +169,54 @@ fn a_source_that_connects_no_queue_pair_is_waited_for_half_a_minute() {
     assert!(told.lock().unwrap().contains("has connected no queue pair"), "{}", told.lock().unwrap());
     // The rest passed before the simulation began to wait.
     assert!(sim.elapsed() >= QUEUE_PAIRS_TIMEOUT / 2);
+}
+
+/// Where a source chooses, as by `auto:`.
+#[test]
+fn a_source_whose_queue_pairs_fail_is_taken_by_its_stream_and_one_with_queue_pairs_by_those() {
+    for by_rdma in [false, true] {
+        let sim = Sim::new(SimConfig { threads: if by_rdma { 2 } else { 1 }, ..SimConfig::default() });
+        let (near, far) = (by_rdma.then(|| sim.fabric(Host::A).enter()), sim.fabric(Host::B).enter());
+        let (mut listener, to) = listening(Arc::new(sim.fabric(Host::B)));
+        let (told, mut candidates) = (Arc::new(Mutex::new(String::new())), Candidates::default());
+        let writes = Arc::clone(&told);
+        candidates.tell(Arc::new(move |text: &str| text.clone_into(&mut writes.lock().unwrap())));
+        let (options, stop) = (ConnectionOptions::default(), Stop::never());
+        let came = thread::scope(|scope| {
+            let (sim, to, options, stop) = (&sim, &to, &options, &stop);
+            scope.spawn(move || {
+                let _near = near;
+                if by_rdma {
+                    let fabric = Arc::new(sim.fabric(Host::A));
+                    let mut source = connected(fabric, to, memory(), options).unwrap();
+                    source.link.sink().send(&[SendPart::Own(TEXT)], stop).unwrap();
+                    return source.link.sink().flush(stop).unwrap();
+                }
+                let (host, port) = to.host();
+                let tcp = Address::tcp(host, port).with_tls_of(to);
+                ask(&mut connect(&tcp, &options.stream, stop).unwrap(), stop).unwrap();
+                let mut stream = connect(&tcp, &options.stream, stop).unwrap();
+                stream.send(&[SendPart::Own(b"QEVM")], stop).unwrap();
+                // Its word is read, and then the end.
+                let _ = stream.recv(&mut [RecvPart::Own(&mut [0])], stop);
+            });
+            let _far = far;
+            let ends = (&mut listener.rdma, &listener.sources);
+            accept_by_tls(ends, &mut candidates, &EITHER, options, stop).map(|came| match came {
+                CameByTls::QueuePairs(mut connection) => {
+                    let mut come = [0; TEXT.len()];
+                    let stream = connection.link.stream();
+                    assert_eq!(stream.recv(&mut [RecvPart::Own(&mut come)], stop).unwrap(), TEXT.len());
+                    None
+                }
+                CameByTls::Stream(channel) => Some(channel.peek_word(stop).unwrap()),
+            })
+        });
+        assert_eq!(came.unwrap(), (!by_rdma).then_some(*b"QEVM"));
+        let told = told.lock().unwrap();
+        assert_eq!(told.contains("has connected no queue pair"), !by_rdma, "{told}");
+        assert!(by_rdma || sim.elapsed() >= UNDECIDED_TIMEOUT / 2);
+    }
 }
 
 /// A simulation whose time goes on whenever a thread waits.

@@ -7,10 +7,14 @@ use std::sync::Arc;
 use crate::guest::GuestMemory;
 use crate::stream::qemu::page_compression::PageCompression;
 use crate::sys::Stop;
+#[cfg(feature = "tls")]
+use crate::transport::tls::tests::certificates::Authority;
 use crate::transport::{
     Address, AllowList, ChannelOptions, ConnectionOptions, DestinationConnection, Listener, OpenError,
     SourceConnection, StreamChannel, StreamOptions, open_source,
 };
+#[cfg(feature = "tls")]
+use crate::transport::{Tls, TlsOptions};
 
 /// Keeps the surroundings of a connection alive while a thread works on it.
 pub(in crate::transport) type Held = Box<dyn Any + Send>;
@@ -62,6 +66,24 @@ pub(super) const KINDS: &[Kind] = &[
         peer: &["tcp:"],
         make: |m| socket(m, "tcp:127.0.0.1:0", compressed()),
     },
+    #[cfg(feature = "tls")]
+    Kind {
+        name: "tcp, TLS",
+        scheme: "tcp",
+        both_at_once: true,
+        keeps_rounds: true,
+        peer: &["tcp:"],
+        make: |m| encrypted_socket(m, "tcp:127.0.0.1:0", options(0)),
+    },
+    #[cfg(feature = "tls")]
+    Kind {
+        name: "tcp, page channels, TLS",
+        scheme: "tcp",
+        both_at_once: true,
+        keeps_rounds: true,
+        peer: &["tcp:"],
+        make: |m| encrypted_socket(m, "tcp:127.0.0.1:0", options(2)),
+    },
     Kind {
         name: "unix",
         scheme: "unix",
@@ -85,6 +107,15 @@ pub(super) const KINDS: &[Kind] = &[
         keeps_rounds: true,
         peer: &["tcp:"],
         make: |m| socket(m, "auto:127.0.0.1:0", options(0)),
+    },
+    #[cfg(feature = "tls")]
+    Kind {
+        name: "auto, TLS",
+        scheme: "auto",
+        both_at_once: true,
+        keeps_rounds: true,
+        peer: &["tcp:"],
+        make: |m| encrypted_socket(m, "auto:127.0.0.1:0", options(0)),
     },
     Kind {
         name: "fd",
@@ -159,9 +190,30 @@ fn compressed() -> ConnectionOptions {
 }
 
 fn socket(memory: Arc<dyn GuestMemory>, address: &str, options: ConnectionOptions) -> Ends {
-    let stop = Stop::never();
-    let mut listener = Listener::bind(&address.parse().unwrap(), AllowList::default(), &stop).unwrap();
-    let (to, at_source) = (listener.address().clone(), options.clone());
+    let listener = Listener::bind(&address.parse().unwrap(), AllowList::default(), &Stop::never()).unwrap();
+    let to = listener.address().clone();
+    connection(memory, listener, to, options)
+}
+
+/// With certificates of an authority of its own.
+#[cfg(feature = "tls")]
+fn encrypted_socket(memory: Arc<dyn GuestMemory>, address: &str, options: ConnectionOptions) -> Ends {
+    let dir = tempfile::tempdir().unwrap();
+    let tls = TlsOptions::in_dir(Authority::new("the authority").folder(dir.path().join("tls")));
+    let (source, destination) = (Tls::of_source(&tls).unwrap(), Tls::of_destination(&tls).unwrap());
+    let at = address.parse::<Address>().unwrap().with_tls(destination);
+    let listener = Listener::bind(&at, AllowList::default(), &Stop::never()).unwrap();
+    let to = listener.address().clone().with_tls(source);
+    connection(memory, listener, to, options)
+}
+
+fn connection(
+    memory: Arc<dyn GuestMemory>,
+    mut listener: Listener,
+    to: Address,
+    options: ConnectionOptions,
+) -> Ends {
+    let (stop, at_source) = (Stop::never(), options.clone());
     Ends {
         source: Box::new(move || Ok((open_source(&to, memory, &at_source, &Stop::never())?, Box::new(())))),
         destination: Box::new(move || Ok((listener.accept_connection(&options, &stop)?, Box::new(())))),
