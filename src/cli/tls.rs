@@ -12,7 +12,7 @@ use super::output::note;
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct SourceTlsArgs {
     /// Encrypt all connections by TLS with the certificates in this folder, laid out as QEMU's tls-creds-x509: ca-cert.pem,
-    /// client-cert.pem, client-key.pem, and ca-crl.pem if there is one. For tcp:, unix: and rdma:. By rdma:, to another
+    /// client-cert.pem, client-key.pem, and ca-crl.pem if there is one. For tcp:, unix:, rdma: and auto:. By RDMA, to another
     /// ramwire only, the pages themselves are not encrypted
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<PathBuf>,
@@ -33,7 +33,7 @@ impl SourceTlsArgs {
 
     /// The address with the configured TLS settings.
     pub(super) fn at(&self, address: &Address) -> Result<Address, Box<dyn std::error::Error>> {
-        let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls)?) };
+        let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls, "--tls-dir")?) };
         let mut options = TlsOptions::in_dir(dir);
         options.hostname = self.tls_hostname.clone();
         Ok(encrypted(address.clone().with_tls(Tls::of_source(&options)?), self.require_tls)?)
@@ -44,8 +44,8 @@ impl SourceTlsArgs {
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct DestinationTlsArgs {
     /// Accept only connections that are encrypted by TLS, with the certificates in this folder, laid out as QEMU's
-    /// tls-creds-x509: ca-cert.pem, server-cert.pem, server-key.pem, and ca-crl.pem if there is one. For tcp:, unix: and
-    /// rdma:. By rdma:, from another ramwire only, the pages themselves are not encrypted
+    /// tls-creds-x509: ca-cert.pem, server-cert.pem, server-key.pem, and ca-crl.pem if there is one. For tcp:, unix:, rdma:
+    /// and auto:. By RDMA, from another ramwire only, the pages themselves are not encrypted
     #[arg(long, value_name = "DIR")]
     tls_dir: Option<PathBuf>,
     /// With --tls-dir: accept sources without a certificate (QEMU: verify-peer=off)
@@ -63,11 +63,44 @@ pub(super) struct DestinationTlsArgs {
 impl DestinationTlsArgs {
     /// The address to listen on, with the configured TLS settings.
     pub(super) fn at(&self, address: &Address) -> Result<Address, Box<dyn std::error::Error>> {
-        let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls)?) };
+        let Some(dir) = &self.tls_dir else { return Ok(plain(address, self.require_tls, "--tls-dir")?) };
         let mut options = TlsOptions::in_dir(dir);
         options.verify_peer = !self.tls_any_peer;
         options.clients.clone_from(&self.tls_authz);
         Ok(encrypted(address.clone().with_tls(Tls::of_destination(&options)?), self.require_tls)?)
+    }
+}
+
+/// Of the listening side of a command that also connects.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct ListenTlsArgs {
+    /// Accept only a source whose connections are encrypted by TLS, with the certificates in this folder: as --tls-dir, with
+    /// server-cert.pem and server-key.pem
+    #[arg(long, value_name = "DIR")]
+    listen_tls_dir: Option<PathBuf>,
+    /// With --listen-tls-dir: accept a source without a certificate (QEMU: verify-peer=off)
+    #[arg(long, requires = "listen_tls_dir", conflicts_with = "listen_tls_authz")]
+    listen_tls_any_peer: bool,
+    /// With --listen-tls-dir: accept only sources whose certificate has this common name or DNS name; repeat for more
+    #[arg(long, value_name = "NAME", requires = "listen_tls_dir")]
+    listen_tls_authz: Vec<String>,
+}
+
+impl ListenTlsArgs {
+    /// The address to listen on, with the configured TLS settings; the other side's options have `--require-tls`.
+    pub(super) fn at(
+        &self,
+        address: &Address,
+        other: &SourceTlsArgs,
+    ) -> Result<Address, Box<dyn std::error::Error>> {
+        let require_tls = other.require_tls;
+        let Some(dir) = &self.listen_tls_dir else {
+            return Ok(plain(address, require_tls, "--listen-tls-dir")?);
+        };
+        let mut options = TlsOptions::in_dir(dir);
+        options.verify_peer = !self.listen_tls_any_peer;
+        options.clients.clone_from(&self.listen_tls_authz);
+        Ok(encrypted(address.clone().with_tls(Tls::of_destination(&options)?), require_tls)?)
     }
 }
 
@@ -110,14 +143,14 @@ impl OwnTlsArgs {
     }
 }
 
-/// The address without TLS, unless this is refused.
-fn plain(address: &Address, require_tls: bool) -> Result<Address, Usage> {
+/// The address without TLS, unless this is refused. `option`: the one that encrypts it.
+fn plain(address: &Address, require_tls: bool, option: &str) -> Result<Address, Usage> {
     // It is unknown where a descriptor or a command leads.
     let may_leave = address.is_in_clear() || matches!(address.scheme(), "fd" | "exec");
     if require_tls && may_leave {
         let remedy = match address.scheme() {
-            "tcp" => "give --tls-dir DIR",
-            _ => "give a tcp: or unix: address, and --tls-dir DIR",
+            "tcp" => format!("give {option} DIR"),
+            _ => format!("give a tcp: or unix: address, and {option} DIR"),
         };
         return Err(Usage(format!(
             "{address}: RAM could travel unencrypted, and --require-tls is given; {remedy}"
@@ -128,10 +161,10 @@ fn plain(address: &Address, require_tls: bool) -> Result<Address, Usage> {
 
 /// The address with TLS, unless this does not encrypt RAM and is refused.
 fn encrypted(address: Address, require_tls: bool) -> Result<Address, Usage> {
-    if require_tls && address.scheme() == "rdma" {
+    if require_tls && matches!(address.scheme(), "rdma" | "auto") {
         return Err(Usage(format!(
-            "{address}: by RDMA the pages of guest RAM travel unencrypted even with TLS, and --require-tls is given; give a \
-             tcp: or unix: address"
+            "{address}: by RDMA the pages of guest RAM travel unencrypted even with TLS, and --require-tls is given; give \
+             a tcp: or unix: address"
         )));
     }
     Ok(address)

@@ -131,4 +131,10 @@ pub trait ByteSource: Send + Sealed {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }
+
+    /// True if its bytes are encrypted by this process: another one that has the descriptor understands none of them, and can
+    /// say nothing to the peer.
+    fn is_encrypted(&self) -> bool {
+        false
+    }
 }

@@ -30,6 +30,8 @@ mod output;
 mod positions;
 mod qemu;
 mod relay_doubt;
+#[cfg(feature = "tls")]
+mod relay_doubt_tls;
 mod running;
 mod terminal;
 mod unasked;

@@ -29,7 +29,7 @@ use crate::qemu::state_or_none;
 const DESCRIPTION: &[u8] = br#"{"devices": [{"name": "timer", "instance_id": 0, "fields": []}]}"#;
 
 /// Header, return path, PING(1), block list.
-fn setup() -> Vec<u8> {
+pub(super) fn setup() -> Vec<u8> {
     setup_of(true)
 }
 
@@ -82,7 +82,7 @@ fn end(gives_away: bool) -> Vec<u8> {
     out
 }
 
-fn shut(status: u32) -> Vec<u8> {
+pub(super) fn shut(status: u32) -> Vec<u8> {
     encoded(Message::Shut { status })
 }
 
@@ -110,7 +110,7 @@ fn setup_of_postcopy() -> Vec<u8> {
 
 /// Where the relay's output goes.
 #[derive(Clone, Copy, Debug)]
-enum Output {
+pub(super) enum Output {
     File,
     /// Pipes whose readers are closed.
     Gone,
@@ -119,9 +119,9 @@ enum Output {
 }
 
 /// A relay between two sockets of the test.
-struct Relayed {
-    source: UnixStream,
-    far: UnixStream,
+pub(super) struct Relayed {
+    pub(super) source: UnixStream,
+    pub(super) far: UnixStream,
     relay: Child,
     guardian: u32,
     errors: PathBuf,
@@ -149,13 +149,31 @@ impl Relayed {
         setup: &[u8],
         urgent: &mut Vec<UnixStream>,
     ) -> Self {
+        let connect = |near: &Path| UnixStream::connect(near).ok();
+        let listen = |far: &Path| {
+            let listener = UnixListener::bind(far).unwrap();
+            move || listener.accept().unwrap().0
+        };
+        Self::start_between(dir, output, options, setup, urgent, connect, listen)
+    }
+
+    /// The same with ends that connect by `connect`, and listen by `listen`, which returns what accepts.
+    pub(super) fn start_between<Accept: FnMut() -> UnixStream>(
+        dir: &Path,
+        output: Output,
+        options: &[&str],
+        setup: &[u8],
+        urgent: &mut Vec<UnixStream>,
+        connect: impl Fn(&Path) -> Option<UnixStream>,
+        listen: impl FnOnce(&Path) -> Accept,
+    ) -> Self {
         let is_urgent = urgent.capacity() > 0;
         let [near, far] = ["near", "far"].map(|name| dir.join(name));
         let [errors, out] = ["errors", "out"].map(|name| dir.join(name));
         for old in [&near, &far] {
             let _ = fs::remove_file(old);
         }
-        let listener = UnixListener::bind(&far).unwrap();
+        let mut accept = listen(&far);
         let uri = |path: &Path| format!("unix:{}", path.display());
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).arg(env!("CARGO_BIN_EXE_ramwire"));
@@ -173,13 +191,12 @@ impl Relayed {
         }
         let mut relay = command.spawn().expect("cannot start setpriv (util-linux)");
         drop((relay.stdout.take(), relay.stderr.take()));
-        let connect = || UnixStream::connect(&near).ok();
         let said = || fs::read_to_string(&errors).unwrap_or_default();
-        let mut source = Deadline::seconds(60).poll("the relay listens", said, connect);
-        urgent.extend(is_urgent.then(|| UnixStream::connect(&near).unwrap()));
+        let mut source = Deadline::seconds(60).poll("the relay listens", said, || connect(&near));
+        urgent.extend(is_urgent.then(|| connect(&near).unwrap()));
         source.write_all(&[setup, &round()].concat()).unwrap();
-        let (far, _) = listener.accept().unwrap();
-        urgent.extend(is_urgent.then(|| listener.accept().unwrap().0));
+        let far = accept();
+        urgent.extend(is_urgent.then(|| accept()));
         for end in [&source, &far] {
             end.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         }
@@ -205,29 +222,29 @@ impl Relayed {
         }
     }
 
-    fn said(&self) -> String {
+    pub(super) fn said(&self) -> String {
         fs::read_to_string(&self.errors).unwrap_or_default()
     }
 
     /// The far end has received everything, and sends nothing.
-    fn give_away(&mut self) {
+    pub(super) fn give_away(&mut self) {
         self.source.write_all(&end(true)).unwrap();
         self.far_gets(DESCRIPTION);
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(super) fn signal(&self, signal: Signal) {
         // It may have ended by the previous signal.
         let _ = kill_process(Pid::from_raw(self.relay.id() as i32).unwrap(), signal);
     }
 
-    fn status(&mut self) -> Option<i32> {
+    pub(super) fn status(&mut self) -> Option<i32> {
         let errors = self.errors.clone();
         let said = || fs::read_to_string(&errors).unwrap_or_default();
         Deadline::seconds(60).poll("the relay ends", said, || self.relay.try_wait().unwrap()).code()
     }
 
     /// The messages that the source received, up to the end of its connection. A reset counts as an end too.
-    fn told(&mut self) -> Vec<u8> {
+    pub(super) fn told(&mut self) -> Vec<u8> {
         let mut told = Vec::new();
         if let Err(error) = self.source.read_to_end(&mut told) {
             assert_eq!(error.kind(), ErrorKind::ConnectionReset);
@@ -254,7 +271,7 @@ impl Relayed {
 
     /// The source's connection is open, and no message was sent. Descriptors that the relay's end closes are closed
     /// when its process has ended.
-    fn source_is_held(&self, what: &str) {
+    pub(super) fn source_is_held(&self, what: &str) {
         self.source.set_nonblocking(true).unwrap();
         let read = (&self.source).read(&mut [0; 16]);
         self.source.set_nonblocking(false).unwrap();
@@ -262,7 +279,7 @@ impl Relayed {
         assert_eq!(error.kind(), ErrorKind::WouldBlock, "{what}");
     }
 
-    fn guardian_ends(&self) {
+    pub(super) fn guardian_ends(&self) {
         let ended = || {
             let stat = fs::read_to_string(format!("/proc/{}/stat", self.guardian)).unwrap_or_default();
             // An unreaped process stays a zombie in some containers.
@@ -271,7 +288,7 @@ impl Relayed {
         Deadline::seconds(60).poll("the guardian ends", || self.said(), ended);
     }
 
-    fn decide(&self) {
+    pub(super) fn decide(&self) {
         // It may have ended by the previous signal.
         let _ = kill_process(Pid::from_raw(self.guardian as i32).unwrap(), Signal::USR1);
     }

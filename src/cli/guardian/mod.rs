@@ -5,6 +5,9 @@
 //! a hidden mode before it takes a guest. Before COMMIT it passes duplicates of both connections to that process. The
 //! process ends with the relay, unless the relay ends in doubt: then it continues until the far end answers, the source
 //! has disconnected, or an operator decides.
+//!
+//! The keys of an encrypted connection end with the relay. So the guardian reads no answer of a far end with TLS, and can
+//! tell a source with TLS nothing: that source gets its guest back by the end of its connection, or keeps waiting.
 
 mod process;
 mod words;
@@ -26,7 +29,8 @@ pub(super) use words::advice;
 pub(super) const ARGUMENT: &str = "relay-guardian";
 
 /// From the relay: this message carries the source's connections and the far end's, the kinds of their peers, whether the
-/// source has switched to postcopy, and how many of the descriptors are the source's others, for urgent pages.
+/// source has switched to postcopy, how many of the descriptors are the source's others, for urgent pages, and whether the
+/// source's are encrypted.
 const HOLD: u8 = b'h';
 /// From the relay: the connections need not be held any more.
 const RELEASE: u8 = b'r';
@@ -99,10 +103,11 @@ fn expect(control: &mut UnixStream, due: u8) -> io::Result<()> {
 
 impl Guard for Guardian {
     fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
-        let [native, far_native, switched] =
-            [held.source_is_native, held.far_end_is_native, held.switched].map(u8::from);
+        let [native, far_native, switched, encrypted] =
+            [held.source_is_native, held.far_end_is_native, held.switched, held.source_is_encrypted]
+                .map(u8::from);
         let urgent = u8::try_from(held.urgent.len()).unwrap_or(u8::MAX);
-        let words = [HOLD, native, far_native, switched, urgent];
+        let words = [HOLD, native, far_native, switched, urgent, encrypted];
         let connections: Vec<_> =
             std::iter::once(held.source).chain(held.urgent.iter().copied()).chain(held.far_end).collect();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_HELD))];

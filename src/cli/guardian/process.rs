@@ -32,6 +32,8 @@ struct Connections {
     /// The source's others, of which one is for urgent pages. They only stay open.
     _urgent: Vec<OwnedFd>,
     source_is_native: bool,
+    /// Nothing can be told to it.
+    source_is_encrypted: bool,
     far_end: Option<OwnedFd>,
     far_end_is_native: bool,
     /// The source has switched to postcopy.
@@ -75,25 +77,30 @@ fn guard() -> io::Result<()> {
     if !outlives(&mut relay, &decided)? {
         return Ok(());
     }
-    let pid = std::process::id();
     // The far end must see the end of the relay's stream: bytes that have not left the relay by now never will.
     if let Some(far_end) = &held.far_end {
         let _ = rustix::net::shutdown(far_end, Shutdown::Write);
     }
+    let waits = match held.far_end {
+        Some(_) => "waits for the far end's answer",
+        None => "can't read the far end's answer, which comes encrypted or by RDMA",
+    };
     say(&format!(
         "in doubt: the relay ended after it had given the guest to the far end, which has not reported that it runs. \
-         This process holds the source's connection, so that the guest can't run twice, and waits for the far end's \
-         answer. {}",
-        advice(held.switched, pid)
+         This process holds the source's connection, so that the guest can't run twice, and {waits}. {}",
+        advice(held.switched, std::process::id())
     ));
     let end = held.wait(&decided)?;
+    if held.source_is_encrypted {
+        return held.end_encrypted(end);
+    }
     held.tell(&end);
     Ok(())
 }
 
 /// Waits for the connections; `None` if they need not be held.
 fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
-    let mut words = [0; 5];
+    let mut words = [0; 6];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_HELD))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let got = loop {
@@ -111,18 +118,19 @@ fn receive(relay: &mut UnixStream) -> io::Result<Option<Connections>> {
     }
     let mut connections = connections.into_iter();
     match (got, words, connections.next()) {
-        (5, [HOLD, source_is_native, far_end_is_native, switched, urgent], Some(source)) => {
+        (6, [HOLD, source_is_native, far_end_is_native, switched, urgent, encrypted], Some(source)) => {
             Ok(Some(Connections {
                 source,
                 _urgent: connections.by_ref().take(urgent.into()).collect(),
                 source_is_native: source_is_native == 1,
+                source_is_encrypted: encrypted == 1,
                 far_end: connections.next(),
                 far_end_is_native: far_end_is_native == 1,
                 switched: switched == 1,
                 answer: Vec::new(),
             }))
         }
-        (5, [HOLD, ..], None) => Err(io::Error::other("no descriptor came with the relay's message")),
+        (6, [HOLD, ..], None) => Err(io::Error::other("no descriptor came with the relay's message")),
         _ => Ok(None),
     }
 }
@@ -235,6 +243,35 @@ impl Connections {
             }
             _ => None,
         }
+    }
+
+    /// The result for a source to which nothing can be told: if its guest runs, it must not see its connection end, and if the
+    /// guest does not, only that end frees it.
+    fn end_encrypted(&mut self, end: End) -> io::Result<()> {
+        match end {
+            End::DoesNotRun(why) => {
+                let then = match self.source_is_native {
+                    true => "the source, a ramwire, ends in doubt: its operator resumes the guest there",
+                    false => "the source, a QEMU, goes on",
+                };
+                say(&format!(
+                    "{why}; the source's connection is encrypted, and ends without a report: {then}"
+                ));
+                return Ok(());
+            }
+            End::Runs | End::Taken => {
+                say(
+                    "the guest runs at the far end, which can't be told to the source, since its connection is encrypted: end \
+                     the source, which is held until then",
+                );
+                // An answer that has come decides against a later signal.
+                self.far_end = None;
+                while !matches!(self.wait(&AtomicBool::new(false))?, End::SourceGone) {}
+            }
+            End::SourceGone => {}
+        }
+        self.tell(&End::SourceGone);
+        Ok(())
     }
 
     /// Sends the result to the source, and makes sure that the source can read it.

@@ -42,7 +42,7 @@ pub(super) fn left_in_doubt(control: &RelayControl, guardian: u32) -> String {
     match control.source_waits() {
         true => format!(
             "ramwire relay: in doubt, and this process ends: process {guardian} keeps the source's connection open and \
-             waits for the far end's answer"
+             waits for the far end's answer, where it can read it"
         ),
         false => format!(
             "ramwire relay: in doubt, and this process ends, as does the wait for the far end's answer. {then}"

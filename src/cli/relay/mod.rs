@@ -38,7 +38,7 @@ use super::remedies::{hint, in_words};
 use super::service::{self, StatusLine};
 use super::signals::cancel_on_signal;
 use super::store::{has_room, may_keep};
-use super::tls::warn_if_unencrypted;
+use super::tls::{ListenTlsArgs, SourceTlsArgs, warn_if_unencrypted};
 use super::watch::{Log, WatchArgs, describe};
 
 /// Receives the stream of a running guest and forwards it at once. The guest runs at its source until the source
@@ -46,7 +46,9 @@ use super::watch::{Log, WatchArgs, describe};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "EXAMPLES:
     # From a QEMU told to migrate to this host on port 4444, to a QEMU started with -incoming on port 5555
-    ramwire relay --listen tcp:0.0.0.0:4444 --connect tcp:10.0.0.7:5555")]
+    ramwire relay --listen tcp:0.0.0.0:4444 --connect tcp:10.0.0.7:5555
+    # The same with TLS on both sides, with the certificates of one folder
+    ramwire relay --listen tcp:0.0.0.0:4444 --listen-tls-dir /etc/pki/qemu --connect tcp:10.0.0.7:5555 --tls-dir /etc/pki/qemu")]
 #[command(mut_arg("downtime_ms", |arg| arg.help(DOWNTIME)))]
 pub(super) struct Args {
     #[arg(long, value_name = "URI", help = uri_help("Where the guest's source connects"))]
@@ -101,6 +103,11 @@ pub(super) struct Args {
     channels: SourceChannelArgs,
     #[command(flatten)]
     rdma: RdmaArgs,
+    #[command(flatten)]
+    listen_tls: ListenTlsArgs,
+    /// Of the connection to the far end
+    #[command(flatten)]
+    tls: SourceTlsArgs,
     /// Time by which the guest's source must have switched over; after it the relay ends, and the guest stays at its
     /// source
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
@@ -145,6 +152,7 @@ pub(super) fn run(args: &Args) -> Exit {
 
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channels = args.channels.options()?;
+    let (listen, far) = (args.listen_tls.at(&args.listen, &args.tls)?, args.tls.at(&args.connect)?);
     if let Some(dir) = &args.keep {
         // Once the guest was given away it is too late to find out.
         may_keep(dir).map_err(|error| Usage(format!("--keep: {}", in_words(&error))))?;
@@ -170,10 +178,10 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let _monitor = args.monitor(&statistics, &control, &cancel, cancels)?;
     let stop = Stop::on(&cancel);
     let file = args.watch.create_log()?;
-    warn_if_unencrypted("relay", &args.connect, "use a network you trust or a tunnel");
+    warn_if_unencrypted("relay", &far, "use a network you trust, or --tls-dir DIR");
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
-    let mut listener = Listener::bind(&args.listen, allow, &stop)?;
+    let mut listener = Listener::bind(&listen, allow, &stop)?;
     if let Some(warning) = listener.warning() {
         note!("ramwire relay: {warning}{}", hint(Some(Remedy::AllowPeers)));
     }
@@ -218,7 +226,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     connecting.channels = channels;
     connecting.delta_cache = delta_cache;
     connecting.retry = retry;
-    let (far, far_stop, timeouts) = (args.connect.clone(), stop.clone(), args.timeouts.clone());
+    let (far_stop, timeouts) = (stop.clone(), args.timeouts.clone());
     let chosen = far.decides_late();
     let far_way = Arc::new(OnceLock::new());
     let taken = Arc::clone(&far_way);

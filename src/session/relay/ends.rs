@@ -123,8 +123,15 @@ impl Middle {
         }
         let finish_timeout = settings.finish_timeout;
         let connection = connect(Arc::clone(memory))?;
-        let descriptor = connection.back.as_ref().and_then(|back| back.descriptor());
-        self.hub.far_end_connects(descriptor.and_then(|descriptor| duplicate(&descriptor).ok()));
+        let back = connection.back.as_ref();
+        let descriptor = back.and_then(|back| back.descriptor());
+        self.hub.far_end_connects(
+            descriptor.and_then(|descriptor| duplicate(&descriptor).ok()),
+            back.is_some_and(|back| back.is_encrypted()),
+        );
+        if incoming.seen.postcopy_advised && self.hub.is_encrypted() {
+            return Err(no_encrypted_postcopy());
+        }
         self.meter = Some(Meter {
             forwarded: Arc::clone(&forwarded),
             came: self.came.clone(),
@@ -305,6 +312,15 @@ fn no_urgent_channel() -> Error {
             "give the relay connections for them (--postcopy-preempt), or turn postcopy-preempt off at both ends; \
              postcopy-ram may stay on",
         ),
+    }
+}
+
+/// Should the relay be killed after the switch, its guardian would have to tell the source that its guest was taken.
+fn no_encrypted_postcopy() -> Error {
+    Error::Config {
+        what: "the source may switch to postcopy, and through a relay it can't with TLS on either side"
+            .into(),
+        remedy: Remedy::Advice("turn postcopy-ram off at the source, or leave TLS out at the relay"),
     }
 }
 

@@ -11,7 +11,10 @@ pub struct Held<'a> {
     pub source: BorrowedFd<'a>,
     /// The source is a ramwire, otherwise a QEMU.
     pub source_is_native: bool,
-    /// To the far end, from which its answer comes; `None` if it is no descriptor (RDMA).
+    /// The source's connection is encrypted by this process: nothing can be told on it by another one. It is held open, and
+    /// only its end frees the source.
+    pub source_is_encrypted: bool,
+    /// To the far end, from which its answer comes; `None` if another process could not read it: by RDMA or TLS.
     pub far_end: Option<BorrowedFd<'a>>,
     /// The far end is a ramwire, otherwise a QEMU.
     pub far_end_is_native: bool,

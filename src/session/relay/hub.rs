@@ -62,6 +62,8 @@ pub(in crate::session) struct Inner {
 #[derive(Default)]
 struct Side {
     native: bool,
+    /// Only this process understands its bytes.
+    encrypted: bool,
     connection: Option<OwnedFd>,
     /// Other connections, of which one is the source's for urgent pages.
     urgent: Vec<OwnedFd>,
@@ -181,7 +183,8 @@ impl Inner {
         let held = Held {
             source: source.as_fd(),
             source_is_native: self.source.native,
-            far_end: self.far_end.connection.as_ref().map(AsFd::as_fd),
+            source_is_encrypted: self.source.encrypted,
+            far_end: self.far_end.connection.as_ref().filter(|_| !self.far_end.encrypted).map(AsFd::as_fd),
             far_end_is_native: self.far_end.native,
             switched: self.engine.has_switched(),
             urgent: &urgent,
@@ -242,6 +245,7 @@ pub(in crate::session) struct Parts {
     pub(in crate::session) notice: Arc<NoticeFn>,
     pub(in crate::session) spawner: Spawner,
     pub(in crate::session) source: Option<OwnedFd>,
+    pub(in crate::session) source_is_encrypted: bool,
 }
 
 impl Hub {
@@ -255,7 +259,7 @@ impl Hub {
         inner.cancel = parts.cancel;
         inner.notice = parts.notice;
         inner.spawner = parts.spawner;
-        inner.source.connection = parts.source;
+        (inner.source.connection, inner.source.encrypted) = (parts.source, parts.source_is_encrypted);
     }
 
     #[cfg(test)]
@@ -302,8 +306,15 @@ impl Hub {
         self.lock().source.native = native;
     }
 
-    pub(super) fn far_end_connects(&self, connection: Option<OwnedFd>) {
-        self.lock().far_end.connection = connection;
+    pub(super) fn far_end_connects(&self, connection: Option<OwnedFd>, encrypted: bool) {
+        let mut inner = self.lock();
+        (inner.far_end.connection, inner.far_end.encrypted) = (connection, encrypted);
+    }
+
+    /// True if the bytes of a side are encrypted, so that no guardian could speak for this process.
+    pub(super) fn is_encrypted(&self) -> bool {
+        let inner = self.lock();
+        inner.source.encrypted || inner.far_end.encrypted
     }
 
     pub(in crate::session) fn far_end_takes(&self, handover: Handover) {

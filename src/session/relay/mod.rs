@@ -207,7 +207,7 @@ pub struct Relay {
     /// Settings for the side towards the upstream.
     ///
     /// [`postcopy`](DestinationSettings::postcopy) allows the source to switch; the far end must allow it as well. The
-    /// guest then runs there, so nothing here needs a userfaultfd.
+    /// guest then runs there, so nothing here needs a userfaultfd. With TLS on either side such a source is refused.
     pub incoming: DestinationSettings,
     /// Settings for the far side; completed with the upstream's announcements.
     pub outgoing: SourceSettings,
@@ -259,6 +259,7 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         None => (None, None),
     };
     let hub = control.0;
+    let stream = connection.link.stream();
     hub.begin(Parts {
         downtime_limit: outgoing.downtime_limit,
         guard,
@@ -266,7 +267,8 @@ pub(super) fn run(relay: Relay, breakage: Breakage) -> RelayReport {
         notice: Arc::clone(&notice),
         spawner: outgoing.spawner.clone(),
         // If no descriptor is left the relay continues, and reports it when the guest is handed over.
-        source: connection.link.stream().descriptor().and_then(|descriptor| duplicate(&descriptor).ok()),
+        source: stream.descriptor().and_then(|descriptor| duplicate(&descriptor).ok()),
+        source_is_encrypted: stream.is_encrypted(),
     });
     let (give, far_end) = bounded(1);
     let began = Instant::now();

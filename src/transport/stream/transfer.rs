@@ -224,4 +224,8 @@ impl ByteSource for StreamChannel {
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         matches!(self.end.stream_kind, StreamKind::Tcp | StreamKind::Socket).then(|| self.end.fd.as_fd())
     }
+
+    fn is_encrypted(&self) -> bool {
+        self.is_secured()
+    }
 }

@@ -125,6 +125,7 @@ impl Relay {
             // No thread reports anything here.
             spawner: Spawner::new(|_, _| Err(io::Error::other("none here"))),
             source: Some(OwnedFd::from(ours)),
+            source_is_encrypted: false,
         });
         hub.count_time_by(Box::new(Steps(Arc::clone(&clock))));
         hub.break_order(breakage);
