@@ -23,6 +23,21 @@ impl StreamChannel {
     /// # Errors
     /// [`ChannelError`]; what was sent may then not have arrived. Syncing a file can't be stopped.
     pub fn finish(&mut self, stop: &Stop) -> Result<(), ChannelError> {
+        if !self.is_secured() {
+            return self.end_stream(stop);
+        }
+        if self.end.stream_kind == StreamKind::Tcp {
+            self.await_acknowledged(stop)?;
+        }
+        // The peer has the stream. One that closes without reading that no byte follows resets the connection.
+        match self.end_stream(stop) {
+            Err(ChannelError::Io { source, .. }) if is_broken_off(&source) => self.check_refusal(FINISHING),
+            Err(ChannelError::Closed { .. }) => self.check_refusal(FINISHING),
+            ended => ended,
+        }
+    }
+
+    fn end_stream(&mut self, stop: &Stop) -> Result<(), ChannelError> {
         self.send_end(stop)?;
         match self.end.stream_kind {
             StreamKind::Tcp => {
@@ -110,4 +125,9 @@ impl StreamChannel {
             None => Ok(()),
         }
     }
+}
+
+fn is_broken_off(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }

@@ -130,6 +130,13 @@ impl StreamChannel {
         self.tls.as_ref().is_some_and(|tls| !tls.session.is_open())
     }
 
+    /// # Errors
+    /// The reason that the peer has sent for ending the connection.
+    pub(super) fn check_refusal(&self, doing: &'static str) -> Result<(), ChannelError> {
+        let why = self.tls.as_ref().and_then(|tls| tls.session.why_broken(self.end.fd.as_fd()));
+        why.map_or(Ok(()), |error| Err(self.end.broken(doing, error)))
+    }
+
     /// As [`send_end`](Self::send_end), but only if there is room for it.
     pub(in crate::transport) fn say_end_at_once(&self) {
         let Some(Secured { session, .. }) = &self.tls else { return };

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used)]
 use std::io::Write as _;
-use std::os::fd::AsFd;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -23,14 +24,18 @@ pub(in crate::transport) mod certificates;
 
 /// The source's end and the destination's.
 fn pair(provider: CryptoProvider) -> (StreamChannel, StreamChannel) {
+    let (near, far) = UnixStream::pair().unwrap();
+    pair_over(provider, near.into(), far.into())
+}
+
+fn pair_over(provider: CryptoProvider, near: OwnedFd, far: OwnedFd) -> (StreamChannel, StreamChannel) {
     let dir = tempfile::tempdir().unwrap();
     let folder = Authority::new("the authority").folder(dir.path().join("certificates"));
     let options = TlsOptions::in_dir(folder);
     let client = Tls::client(&options, Arc::new(provider)).unwrap();
     let server = Tls::of_destination(&options).unwrap();
-    let (near, far) = UnixStream::pair().unwrap();
-    let end = |socket: UnixStream, tls| {
-        let channel = StreamChannel::from_fd(socket.into(), "peer", &StreamOptions::default()).unwrap();
+    let end = |socket: OwnedFd, tls| {
+        let channel = StreamChannel::from_fd(socket, "peer", &StreamOptions::default()).unwrap();
         channel.over_tls(tls, "localhost").unwrap()
     };
     (end(near, &client), end(far, &server))
@@ -244,6 +249,22 @@ fn what_was_looked_at_stays_to_be_read_and_the_end_is_told() {
     let rest = read_all_to_end(&mut far);
     assert_eq!(got + rest, b"QEVM and more".len());
     drop(sender.join());
+}
+
+/// It has the stream, and does not read that no byte follows.
+#[test]
+fn a_peer_that_closes_behind_the_last_byte_has_not_broken_the_connection() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let far = listener.accept().unwrap().0;
+    let by_tcp = pair_over(ring::default_provider(), near.into(), far.into());
+    for (mut near, far) in [by_tcp, pair(ring::default_provider())] {
+        let sent = bytes(5, 100_000);
+        let reader = thread::spawn(move || read_all(far, 100_000));
+        near.send(&[SendPart::Own(&sent)], &Stop::never()).unwrap();
+        assert!(reader.join().unwrap() == sent);
+        near.finish(&Stop::never()).unwrap();
+    }
 }
 
 fn read_all_to_end(channel: &mut StreamChannel) -> usize {
