@@ -9,7 +9,7 @@ use ramwire::transport::PageSending;
 use super::bed::Bed;
 use super::floors::{self, Floor, Pattern};
 use super::own::{self, Way};
-use super::{MigrateArgs, Run, iperf};
+use super::{MigrateArgs, Run, iperf, openssl};
 use crate::BenchError;
 use crate::qemu::{self, Qemu};
 
@@ -33,6 +33,8 @@ pub enum Against {
     Memcpy,
     /// One buffer over TCP.
     Iperf3,
+    /// Encryption and decryption by OpenSSL, and a bare loop.
+    Openssl,
     /// Bare RDMA WRITEs.
     IbWriteBw,
 }
@@ -42,7 +44,7 @@ impl FromStr for Against {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let known = "write ramwire (with :CHANNELS, +unix, +whole, +fast, +splice or +zerocopy perhaps), qemu72, qemu10 (with :CHANNELS \
-                     perhaps), floor, floor-packet, floor-direct, sweep, memcpy, iperf3 or ib_write_bw";
+                     perhaps), floor, floor-packet, floor-direct, openssl, sweep, memcpy, iperf3 or ib_write_bw";
         let mut options = text.split('+');
         let text = options.next().unwrap_or_default();
         let (name, channels) = match text.split_once(':') {
@@ -72,6 +74,7 @@ impl FromStr for Against {
             ("sweep", 0) => Ok(Self::Sweep),
             ("memcpy", 0) => Ok(Self::Memcpy),
             ("iperf3", 0) => Ok(Self::Iperf3),
+            ("openssl", 0) => Ok(Self::Openssl),
             ("ib_write_bw", 0) => Ok(Self::IbWriteBw),
             _ => Err(known.into()),
         }
@@ -90,6 +93,7 @@ impl fmt::Display for Against {
             Self::Sweep => ("sweep", 0),
             Self::Memcpy => ("memcpy", 0),
             Self::Iperf3 => ("iperf3", 0),
+            Self::Openssl => ("openssl", 0),
             Self::IbWriteBw => ("ib_write_bw", 0),
         };
         f.write_str(name)?;
@@ -125,6 +129,8 @@ pub enum Mover {
     Memcpy,
     /// One buffer over TCP.
     Iperf3,
+    /// Encryption and decryption by OpenSSL, and this bare loop.
+    Openssl(Floor),
 }
 
 impl Mover {
@@ -148,9 +154,9 @@ impl Mover {
             Against::Sweep => Self::Sweep,
             Against::Memcpy => Self::Memcpy,
             Against::Iperf3 => Self::Iperf3,
+            Against::Openssl => Self::Openssl(Floor::new(Pattern::Packet)),
             Against::IbWriteBw => {
-                let known =
-                    "ramwire, qemu72, qemu10, floor, floor-packet, floor-direct, sweep, memcpy and iperf3";
+                let known = "ramwire, qemu72, qemu10, floor, floor-packet, floor-direct, openssl, sweep, memcpy and iperf3";
                 return Err(BenchError::NotThisWay { who: against.to_string(), known });
             }
         })
@@ -163,6 +169,7 @@ impl Mover {
     pub fn settled(self, bed: &Bed, cancel: &CancelToken) -> Result<Self, BenchError> {
         match self {
             Self::Floor(floor) => floors::best(floor.pattern, bed, cancel).map(Self::Floor),
+            Self::Openssl(floor) => floors::best(floor.pattern, bed, cancel).map(Self::Openssl),
             other => Ok(other),
         }
     }
@@ -193,6 +200,7 @@ impl Mover {
             Self::Sweep => floors::sweep(bed),
             Self::Memcpy => floors::copy(bed),
             Self::Iperf3 => iperf::run(bed),
+            Self::Openssl(floor) => openssl::run(*floor, bed),
         }?;
         Ok(Run { populate_seconds, ..run })
     }
@@ -224,6 +232,7 @@ mod tests {
             "sweep",
             "memcpy",
             "iperf3",
+            "openssl",
             "ib_write_bw",
         ] {
             assert_eq!(name.parse::<Against>().unwrap().to_string(), name);

@@ -6,6 +6,7 @@ pub mod cost;
 mod floors;
 mod iperf;
 mod kernel;
+mod openssl;
 pub mod own;
 pub mod peer;
 #[cfg(feature = "rdma")]
@@ -69,7 +70,7 @@ Examples:
   ramwire-bench migrate --against qemu10,floor --ram 4G --pairs 15
   ramwire-bench migrate --against qemu10:4,memcpy --fill mixed:70 --json > figures.json
   ramwire-bench migrate --against qemu10,qemu10:4 --ram 1G --populated no --memory huge
-  ramwire-bench migrate --tls-dir certificates --channels 2 --against qemu10:4,qemu10,ramwire --ram 1G
+  ramwire-bench migrate --tls-dir certificates --channels 2 --against qemu10:4,openssl,qemu10,ramwire --ram 1G
   ramwire-bench migrate --transport rdma --against qemu10,qemu72,ib_write_bw --ram 128M --pairs 5 --pin-all
 
 Peers over RDMA:
@@ -87,6 +88,8 @@ Peers over sockets:
   sweep                one process reads the memory
   memcpy               one process copies the memory
   iperf3               one buffer of 1 MiB, again and again
+  openssl              what TLS takes at best: the processor time of floor-packet, and that of encrypting and
+                       decrypting the memory once by openssl speed, on two cores without a wait
 
 Each round runs ramwire and every peer once on the same memory; every other round goes backwards. Ratios are
 of the same round, so that a machine that gets slower or faster meanwhile does not count for one of them.
