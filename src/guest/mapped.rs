@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use super::{GuestError, GuestMemory, LayoutChange};
 use crate::ram::{Landing, RamBlock, RamBlockTable};
-use crate::sys::{HostRegion, HostSpan, Mapping, OutOfRegion, discard};
+use crate::sys::{HostRegion, HostSpan, Mapping, OutOfRegion, discard, discard_in};
 use crate::units::{BlockIndex, PageSize};
 
 /// The memory of a guest: its blocks and the mapped region of each.
@@ -138,8 +138,11 @@ impl GuestMemory for MappedGuest {
 
     fn discard(&self, landing: Landing) -> Result<(), GuestError> {
         let span = self.span(landing)?;
-        let page = self.region(landing.block()).map_or(self.table.page(), HostRegion::page);
-        discard(span, page).map_err(|source| GuestError::Kernel {
+        let given = match self.region(landing.block()) {
+            Some(region) => discard_in(region, span),
+            None => discard(span, self.table.page()),
+        };
+        given.map_err(|source| GuestError::Kernel {
             block: self.name(landing.block()),
             what: "giving pages back",
             remedy: "unlock the memory (munlock) or leave it in place",

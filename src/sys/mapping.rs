@@ -315,6 +315,20 @@ pub(crate) fn set_huge_pages(span: HostSpan<'_>, allowed: bool) -> io::Result<()
 /// # Errors
 /// EINVAL for locked memory (mlock(2)).
 pub fn discard(span: HostSpan<'_>, page: PageSize) -> io::Result<()> {
+    give_back(span, page, false)
+}
+
+/// The same for a part of `region`, whose backing may be known: anonymous memory of base pages is dropped without being asked
+/// for a file. qemu-user needs that: it accepts MADV_REMOVE and does nothing.
+///
+/// # Errors
+/// As [`discard`].
+pub(crate) fn discard_in(region: &HostRegion, span: HostSpan<'_>) -> io::Result<()> {
+    let base = region.page().bytes() == rustix::param::page_size() as u64;
+    give_back(span, region.page(), base && matches!(region.backing(), Backing::Anonymous))
+}
+
+fn give_back(span: HostSpan<'_>, page: PageSize, anonymous: bool) -> io::Result<()> {
     let page = page.bytes() as usize;
     let head = (span.address().next_multiple_of(page) - span.address()).min(span.len());
     let whole = (span.len() - head) / page * page;
@@ -322,19 +336,20 @@ pub fn discard(span: HostSpan<'_>, page: PageSize) -> io::Result<()> {
     let edges = [span.part(0, head), span.part(head + whole, tail)];
     edges.into_iter().flatten().for_each(HostSpan::fill_zero);
     let Some(whole) = span.part(head, whole).filter(|whole| !whole.is_empty()) else { return Ok(()) };
+    // SAFETY: the range lies inside one live mapping and holds guest bytes only, which are given up here; the pages read as
+    // zeros afterwards.
+    let drop = || unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxDontNeed) };
+    if anonymous {
+        return Ok(drop()?);
+    }
     // The kernel knows what the memory is: REMOVE returns EINVAL if it has no backing file, EACCES if it is private to
     // us, EOPNOTSUPP if the file system has no holes.
     // SAFETY: the range lies inside one live mapping and holds guest bytes only, which are given up here.
     match unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxRemove) } {
-        Err(Errno::INVAL) => {
-            // SAFETY: as above; the mapping is anonymous, so the pages read as zeros afterwards.
-            unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxDontNeed)? };
-        }
+        Err(Errno::INVAL) => drop()?,
         Err(Errno::ACCESS | Errno::OPNOTSUPP) => {
             let addresses = whole.address()..whole.address() + whole.len();
             let is_ours = page > rustix::param::page_size() && is_private_huge(&addresses).unwrap_or(false);
-            // SAFETY: as above; it has no backing file, so the pages read as zeros afterwards.
-            let drop = || unsafe { madvise(whole.as_ptr().cast(), whole.len(), Advice::LinuxDontNeed) };
             if !is_ours || drop().is_err() {
                 whole.fill_zero();
             }

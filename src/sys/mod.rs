@@ -68,7 +68,7 @@ pub(crate) use low_water::set_low_water;
 #[cfg(test)]
 pub(crate) use mapping::lock;
 pub use mapping::{Mapping, MappingError, discard, populate};
-pub(crate) use mapping::{is_there, populate_read, set_huge_pages};
+pub(crate) use mapping::{discard_in, is_there, populate_read, set_huge_pages};
 pub use memory_room::{MemoryBound, MemoryRoom, memory_room};
 pub(crate) use minor_faults::MinorFaultMonitor;
 #[cfg(test)]

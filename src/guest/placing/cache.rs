@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use super::{GuestError, GuestMemory, span_of};
 use crate::ram::{Landing, PageBitmap, PageRun, RamBlock, RamBlockTable, Refusal};
-use crate::sys::{HostSpan, Mapping, MappingError, discard, is_zero};
-use crate::units::{BlockIndex, PageIndex, PageSize};
+use crate::sys::{HostRegion, HostSpan, Mapping, MappingError, discard_in, is_zero};
+use crate::units::{BlockIndex, PageIndex};
 
 /// Why there is no cache, or why it could not be applied.
 #[derive(Debug, thiserror::Error)]
@@ -166,8 +166,9 @@ impl CheckpointCache {
                 from = run.end;
                 let (at, len) = (run.start * page.bytes(), (run.end - run.start) * page.bytes());
                 block.whole.clear_range(run);
-                if let Ok(span) = block.mapping.region().span(at, len) {
-                    give_back(span, page);
+                let region = block.mapping.region();
+                if let Ok(span) = region.span(at, len) {
+                    give_back(region, span);
                 }
             }
         }
@@ -215,7 +216,9 @@ impl CheckpointCache {
             true => {
                 let from = self.span(landing)?;
                 to.copy_span(from);
-                give_back(from, self.memory.table().page());
+                if let Some(block) = self.blocks.get(run.block.as_usize()) {
+                    give_back(block.mapping.region(), from);
+                }
             }
             false if is_zero(to) => {}
             false => to.fill_zero(),
@@ -239,8 +242,8 @@ impl CheckpointCache {
 
 /// Not memory twice for longer than needed. Pages whose memory can't be given back (locked memory) are overwritten by
 /// those of a later checkpoint.
-fn give_back(span: HostSpan<'_>, page: PageSize) {
-    if let Err(error) = discard(span, page) {
+fn give_back(region: &HostRegion, span: HostSpan<'_>) {
+    if let Err(error) = discard_in(region, span) {
         tracing::debug!(%error, "memory beside the guest's is not given back");
     }
 }
@@ -251,6 +254,7 @@ mod tests {
     use super::*;
     use crate::guest::MappedGuest;
     use crate::ram::{BlockName, RamBlock};
+    use crate::units::PageSize;
 
     const PAGES: u64 = 40;
 
@@ -313,7 +317,7 @@ mod tests {
         comes(&mut cache, 3, &[1, 2]);
         let kept = cache.span(cache.admit(run(3, 2)).unwrap()).unwrap();
         crate::sys::lock(kept).unwrap();
-        assert!(discard(kept, PageSize::SIZE_4K).is_err());
+        assert!(discard_in(cache.blocks[0].mapping.region(), kept).is_err());
         assert!(cache.apply(u64::MAX).unwrap());
         assert_eq!((&pages(&guest)[3..6], cache.pages()), (&[1, 2, 0][..], 0));
         comes(&mut cache, 3, &[5]);
