@@ -156,6 +156,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::ram::BlockName;
+    use crate::sys::testing::has_holes;
     use crate::units::BlockOffset;
 
     fn block(name: &str, length: u64) -> RamBlock {
@@ -181,8 +182,10 @@ mod tests {
             out
         };
         assert_eq!((read(&ram), read(&rom)), ([0; 3], *b"abc"));
-        guest.discard(landing(1, 4096)).unwrap();
-        assert_eq!(read(&rom), [0; 3]);
+        if has_holes() {
+            guest.discard(landing(1, 4096)).unwrap();
+            assert_eq!(read(&rom), [0; 3]);
+        }
     }
 
     #[test]

@@ -79,6 +79,7 @@ mod tests {
     use super::*;
     use crate::guest::{DirtySource, GuestMemory, WrittenPages};
     use crate::ram::PageBitmap;
+    use crate::sys::testing::has_userfaultfd;
     use crate::units::{BlockIndex, BlockOffset};
 
     fn name(index: usize) -> Result<BlockName, BlockError> {
@@ -127,6 +128,9 @@ mod tests {
 
     #[test]
     fn what_the_vmm_writes_through_it_is_seen_by_write_protection() {
+        if !has_userfaultfd() {
+            return;
+        }
         let memory = memory();
         let guest = MappedGuest::of_vm_memory(&memory, PageSize::SIZE_4K, name).unwrap();
         let source = WrittenPages::new(&guest);

@@ -239,7 +239,7 @@ mod tests {
     use super::*;
     use crate::guest::race::{guest_of, race, store};
     use crate::ram::PageRun;
-    use crate::sys::testing::huge_pages;
+    use crate::sys::testing::{has_huge_pages, has_userfaultfd};
     use crate::sys::{RecvPart, recv_parts};
     use crate::units::PageIndex;
 
@@ -255,21 +255,28 @@ mod tests {
 
     fn every_backing() -> Vec<(&'static str, Mapping)> {
         const MIB: u64 = 1 << 20;
-        huge_pages(PageSize::SIZE_2M, 16);
         let on_disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let in_shm = tempfile::tempfile_in("/dev/shm").unwrap();
-        vec![
+        let mut every = vec![
             ("anonymous", Mapping::anonymous(12 * MIB + 4096).unwrap()),
             ("memfd", Mapping::memfd("ram", 12 * MIB + 4096).unwrap()),
             ("file on tmpfs", Mapping::file_grown(in_shm.into(), 4096, 12 * MIB + 4096, false).unwrap()),
             ("file on disk", Mapping::file_grown(on_disk.into(), 4096, 12 * MIB + 4096, true).unwrap()),
-            ("huge anonymous", Mapping::anonymous_huge(8 * MIB, PageSize::SIZE_2M).unwrap()),
-            ("huge memfd", Mapping::memfd_huge("ram", 8 * MIB, PageSize::SIZE_2M).unwrap()),
-        ]
+        ];
+        if has_huge_pages(PageSize::SIZE_2M, 16) {
+            every.extend([
+                ("huge anonymous", Mapping::anonymous_huge(8 * MIB, PageSize::SIZE_2M).unwrap()),
+                ("huge memfd", Mapping::memfd_huge("ram", 8 * MIB, PageSize::SIZE_2M).unwrap()),
+            ]);
+        }
+        every
     }
 
     #[test]
     fn the_probe_passes_on_this_kernel() {
+        if !has_userfaultfd() {
+            return;
+        }
         let guest = guest_of(&[Mapping::anonymous(8192).unwrap()]);
         WrittenPages::new(&guest).probe().unwrap();
     }
@@ -292,6 +299,9 @@ mod tests {
     /// Exactly the written host pages are reported, once, whether populated before the start or not.
     #[test]
     fn each_write_is_reported_once_on_every_backing() {
+        if !has_userfaultfd() {
+            return;
+        }
         for (what, mapping) in every_backing() {
             let guest = guest_of(std::slice::from_ref(&mapping));
             let len = mapping.region().len() / 4096;
@@ -320,6 +330,9 @@ mod tests {
 
     #[test]
     fn a_system_call_that_fills_guest_memory_is_seen() {
+        if !has_userfaultfd() {
+            return;
+        }
         let mapping = Mapping::memfd("ram", 8 * 4096).unwrap();
         let guest = guest_of(std::slice::from_ref(&mapping));
         let source = WrittenPages::new(&guest);
@@ -334,6 +347,9 @@ mod tests {
 
     #[test]
     fn racing_writers_lose_nothing_on_any_backing() {
+        if !has_userfaultfd() {
+            return;
+        }
         for (what, mapping) in every_backing() {
             let second = Mapping::memfd("odd", 37 * 4096).unwrap();
             let guest = guest_of(&[mapping, second]);
@@ -347,6 +363,9 @@ mod tests {
     /// The race test can fail: a source that omits one written page in a hundred is detected.
     #[test]
     fn the_race_finds_a_source_that_forgets() {
+        if !has_userfaultfd() {
+            return;
+        }
         struct Forgetful(WrittenPages, std::sync::atomic::AtomicU64);
         impl DirtySource for Forgetful {
             fn name(&self) -> &'static str {
@@ -380,6 +399,9 @@ mod tests {
 
     #[test]
     fn memory_that_is_watched_already_is_refused_and_left_as_it_was() {
+        if !has_userfaultfd() {
+            return;
+        }
         let mapping = Mapping::anonymous(8192).unwrap();
         let free = Mapping::anonymous(8192).unwrap();
         let other = WriteProtector::new().unwrap();

@@ -4,13 +4,74 @@
 #[cfg(feature = "kvm")]
 use std::os::fd::OwnedFd;
 
+use std::io::{self, Write as _};
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::HostRegion;
+use super::{HostRegion, Mapping, MappingError, MissingFaults, MissingFaultsError};
 #[cfg(feature = "kvm")]
-use super::{KvmMemory, Mapping, duplicate};
+use super::{KvmMemory, duplicate};
 use crate::units::PageSize;
+
+/// True if the kernel knows huge pages of `page`, of which it may then [allocate](huge_pages) `pages`. Otherwise the calling
+/// test says what it lacks: qemu-user's Linux refuses the flags of mmap(2) and memfd_create(2).
+pub(crate) fn has_huge_pages(page: PageSize, pages: u64) -> bool {
+    let unknown = |tried: Result<Mapping, MappingError>| match tried {
+        Err(MappingError::HugePages { source, .. }) if is_refused(&source) => Some(source),
+        _ => None,
+    };
+    let refused = unknown(Mapping::anonymous_huge(page.bytes(), page))
+        .or_else(|| unknown(Mapping::memfd_huge("probe", page.bytes(), page)));
+    match refused {
+        Some(error) => lacks("huge-pages", &error),
+        None => {
+            huge_pages(page, pages);
+            true
+        }
+    }
+}
+
+/// True if the kernel has userfaultfd(2), whether or not this process may use it.
+pub(crate) fn has_userfaultfd() -> bool {
+    match MissingFaults::user_mode_only() {
+        Err(MissingFaultsError::Kernel { source, .. }) if is_refused(&source) => {
+            lacks("userfaultfd", &source)
+        }
+        _ => true,
+    }
+}
+
+/// True if MADV_REMOVE takes pages of a memfd away. qemu-user says that it has, and leaves them.
+pub(crate) fn has_holes() -> bool {
+    let mapping = Mapping::memfd("probe", 4096).expect("a memfd");
+    let mut byte = [1];
+    let span = mapping.region().span(0, 1).expect("its first byte");
+    span.copy_from(&byte);
+    let page = mapping.region().span(0, 4096).expect("its page");
+    super::discard(page, PageSize::SIZE_4K).expect("a hole");
+    span.copy_to(&mut byte);
+    byte == [0] || lacks("holes", &io::Error::other("MADV_REMOVE had no effect"))
+}
+
+/// The kernel does not know the call or its flags.
+fn is_refused(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOSYS))
+}
+
+/// Says that a test, or a part of it, is skipped, past the capture of a test's output. A failure where `CI=true`, unless
+/// `RAMWIRE_MAY_LACK` names `what`.
+fn lacks(what: &str, error: &io::Error) -> bool {
+    let named = std::env::var("RAMWIRE_MAY_LACK").unwrap_or_default();
+    let may = named.split(',').any(|named| named == what);
+    let strict = std::env::var("CI").as_deref() == Ok("true");
+    assert!(
+        may || !strict,
+        "with CI=true this may be skipped only if RAMWIRE_MAY_LACK names {what}: {error}"
+    );
+    let test = std::thread::current().name().unwrap_or("a test").to_owned();
+    let _ = writeln!(io::stderr(), "SKIPPED: {test}: this kernel has no {what}: {error}");
+    false
+}
 
 /// Lets the kernel allocate `pages` huge pages on demand, as an administrator does before starting VMs with them. Only
 /// ever raises the limit; needs root once after a boot.
@@ -146,4 +207,11 @@ impl TestVm {
             }
         }
     }
+}
+
+/// Of ci/aarch64, which leaves out the modules that can't do without.
+#[test]
+fn what_this_kernel_lacks_is_said() {
+    let found = [has_huge_pages(PageSize::SIZE_2M, 1), has_userfaultfd(), has_holes()];
+    assert!(found.iter().all(|has| *has) || std::env::var_os("RAMWIRE_MAY_LACK").is_some());
 }

@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use super::*;
 use crate::guest::MappedGuest;
 use crate::ram::{ADMISSIONS, BlockName};
+use crate::sys::testing::has_userfaultfd;
 use crate::sys::{FaultAt, Mapping, MissingFaults};
 use crate::units::PageSize;
 
@@ -138,6 +139,9 @@ fn target_page(placer: &Placer, page: u64) -> Landing {
 /// Neighbours are placed by one call, and a page between them that the guest has already is left to it.
 #[test]
 fn neighbours_are_placed_together_but_for_pages_that_are_here() {
+    if !has_userfaultfd() {
+        return;
+    }
     let (placer, _faults, placed) = missing_of(1);
     let mut writer = PageWriter::default();
     writer.place(&placer, target_page(&placer, 3), [&[3; 4096][..]].into_iter()).unwrap();
@@ -157,6 +161,9 @@ fn neighbours_are_placed_together_but_for_pages_that_are_here() {
 /// A source that begins one host page after the other and completes none gets no memory for them.
 #[test]
 fn host_pages_that_are_begun_and_not_finished_are_limited() {
+    if !has_userfaultfd() {
+        return;
+    }
     let (placer, _faults, _placed) = missing();
     let mut writer = PageWriter::default();
     let mut put = |page| writer.place_zero(&placer, target_page(&placer, page));
@@ -175,6 +182,9 @@ fn host_pages_that_are_begun_and_not_finished_are_limited() {
 /// A thread touches a page that was received as zero before memory was served: only this end has the page.
 #[test]
 fn a_fault_on_a_page_that_came_as_zero_is_answered_here() {
+    if !has_userfaultfd() {
+        return;
+    }
     let (placer, faults, _placed) = missing();
     let reader = Arc::clone(&placer);
     let reads = std::thread::spawn(move || bytes_of(&reader, target_page(&reader, 61)));

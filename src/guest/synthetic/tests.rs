@@ -5,15 +5,18 @@ use super::*;
 use crate::guest::race::{Follower, guest_of};
 use crate::guest::{DirtySource, WrittenPages};
 use crate::sys::Mapping;
-use crate::sys::testing::huge_pages;
+use crate::sys::testing::has_huge_pages;
 use crate::units::PageSize;
 
 fn blocks() -> Arc<MappedGuest> {
-    huge_pages(PageSize::SIZE_2M, 16);
+    let third = match has_huge_pages(PageSize::SIZE_2M, 16) {
+        true => Mapping::memfd_huge("huge", 4 << 20, PageSize::SIZE_2M),
+        false => Mapping::memfd("small", 4 << 20),
+    };
     Arc::new(guest_of(&[
         Mapping::anonymous(4 << 20).unwrap(),
         Mapping::memfd("odd", 4096 * 101).unwrap(),
-        Mapping::memfd_huge("huge", 4 << 20, PageSize::SIZE_2M).unwrap(),
+        third.unwrap(),
         Mapping::anonymous(4096).unwrap(),
     ]))
 }
@@ -173,6 +176,9 @@ fn a_resumed_guest_checks_what_it_overwrites() {
 /// The guest, tracked and copied while it runs at full speed, arrives intact.
 #[test]
 fn a_running_guest_followed_by_its_dirty_pages_arrives_whole() {
+    if !crate::sys::testing::has_userfaultfd() {
+        return;
+    }
     let memory = blocks();
     let mut guest = SyntheticGuest::filled(memory.clone(), config(None)).unwrap();
     let trackers: [Arc<dyn DirtySource>; 2] = [Arc::new(WrittenPages::new(&*memory)), guest.software()];

@@ -190,6 +190,7 @@ mod tests {
     use crate::ram::{BlockName, RamBlock, RamBlockTable};
     use crate::session::tests::guest;
     use crate::stream::qemu::command::{Command, decode_command, encode_discards};
+    use crate::sys::testing::has_userfaultfd;
     use crate::units::{BlockIndex, PageIndex, PageSize};
 
     const PAGE: u64 = 4096;
@@ -232,6 +233,9 @@ mod tests {
 
     #[test]
     fn what_comes_from_advise_to_the_package_is_kept_within_its_limits() {
+        if !has_userfaultfd() {
+            return;
+        }
         let (mut switch, placer) = (Switch::default(), placer());
         switch.advise(Advised::with(MissingFaults::user_mode_only().unwrap(), PAGE));
         switch.package_bytes(&[1; 60], 100).unwrap();
@@ -249,6 +253,9 @@ mod tests {
 
     #[test]
     fn host_pages_of_another_size_are_refused() {
+        if !has_userfaultfd() {
+            return;
+        }
         let block = RamBlock::new(BlockName::new("ram").unwrap(), 2 * PAGE);
         let table = RamBlockTable::new(PageSize::SIZE_4K, vec![block]).unwrap();
         for (theirs, same) in [(PAGE, true), (PAGE | 2 << 20, false), (2 << 20, false)] {

@@ -253,6 +253,9 @@ fn the_cache_of_sent_pages_grows_while_pages_travel() {
 /// A switch by command, which a guest that never fits its downtime waits for for ever.
 #[test]
 fn postcopy_starts_when_it_is_asked_for() {
+    if !crate::sys::testing::has_userfaultfd() {
+        return;
+    }
     let postcopy = PostcopySettings::new(PostcopyRule::OnCommand);
     let (sent, _) = moved_with(0, Some(postcopy), |round, control, _| {
         if round == 5 {
