@@ -2,18 +2,24 @@
 //! other.
 
 use super::*;
+use crate::common::certificates::Authority;
 use crate::preempt::{OPTION, Wire};
 
-/// The ends go on through as many other relays.
+/// The ends go on through as many other relays, with TLS between them.
 fn recover_through(ends: &mut Ends, relays: usize, what: &str) {
     wait_migration_status(&mut ends.destination, "postcopy-paused");
     wait_migration_status(&mut ends.source, "postcopy-paused");
     let dir = ends.dir.path();
     let mut uri = format!("unix:{}", dir.join("again").display());
     ends.destination.execute("migrate-recover", json!({ "uri": uri }));
+    let certificates = Authority::new("the authority").folder(dir.join("certificates"));
+    let tls = ["--listen-tls-dir", "--tls-dir"].map(|name| format!("{name}={}", certificates.display()));
     let mut passages = Vec::new();
-    for _ in 0..relays {
-        let mut passage = relay_with(dir, &["--recover"], &uri);
+    for number in 0..relays {
+        let mut options = vec!["--recover"];
+        options.extend((number + 1 < relays).then_some(tls[0].as_str()));
+        options.extend((number > 0).then_some(tls[1].as_str()));
+        let mut passage = relay_with(dir, &options, &uri);
         uri = passage.listening();
         passages.push(passage);
     }

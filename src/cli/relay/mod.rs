@@ -207,7 +207,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let urgent_came = !args.postcopy_preempt && args.listen_channels == 0 && listener.has_others();
     let urgent = args.postcopy_preempt.then(|| {
         let from_source = move |stop: &Stop| listener.accept(&options, stop);
-        let to_far_end = Redial::new(args.connect.clone(), options);
+        let to_far_end = Redial::new(far.clone(), options);
         UrgentConnections { from_source: Box::new(from_source), to_far_end: Box::new(to_far_end) }
     });
     let guardian = Guardian::start().map_err(|error| NoGuardian { source: error })?;

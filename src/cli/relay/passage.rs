@@ -20,10 +20,11 @@ use super::doubt::GO_ON_AGAIN;
 pub(super) fn run(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let cancel = CancelToken::default();
     let _signals = cancel_on_signal(vec![cancel.clone()]);
-    warn_if_unencrypted("relay", &args.connect, "use a network you trust or a tunnel");
+    let (listen, far) = (args.listen_tls.at(&args.listen, &args.tls)?, args.tls.at(&args.connect)?);
+    warn_if_unencrypted("relay", &far, "use a network you trust, or --tls-dir DIR");
     let mut allow = AllowList::default();
     args.allow.iter().cloned().for_each(|list| allow.extend(list));
-    let mut listener = Listener::bind(&args.listen, allow, &Stop::on(&cancel))?;
+    let mut listener = Listener::bind(&listen, allow, &Stop::on(&cancel))?;
     if let Some(warning) = listener.warning() {
         note!("ramwire relay: {warning}{}", hint(Some(Remedy::AllowPeers)));
     }
@@ -32,7 +33,7 @@ pub(super) fn run(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         note!("listening on {address}");
     }
     service::ready(&format!("listening on {}", listener.address()));
-    let (options, far) = (args.timeouts.both.stream_options(), args.connect.clone());
+    let options = args.timeouts.both.stream_options();
     let passage = Passage {
         from_source: Box::new(move |stop: &Stop| listener.accept(&options, stop)),
         to_far_end: Box::new(move |stop: &Stop| connect(&far, &options, stop)),
