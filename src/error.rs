@@ -42,6 +42,8 @@ pub enum Remedy {
     AlignTls,
     /// The names of the sources that may connect.
     ListTlsClients,
+    /// Connections for urgent pages on both sides of a relay, or at neither end.
+    AlignUrgent,
 }
 
 impl fmt::Display for Remedy {
@@ -65,6 +67,10 @@ impl fmt::Display for Remedy {
             Self::CopyPagesOrDropCompression => "let pages be copied, or leave compression out",
             Self::NameTlsHost => "issue a certificate for it, or give the name that its certificate is for",
             Self::ListTlsClients => "add it to the clients that may connect, if it may",
+            Self::AlignUrgent => {
+                "give the relay connections for urgent pages, or turn postcopy-preempt off at both ends; postcopy-ram may stay \
+                 on"
+            }
             Self::AlignTls => "switch TLS on at both ends or at none",
             Self::AllowPeers => "use a network you trust or a tunnel, and name who may connect",
         })

@@ -23,6 +23,7 @@ pub(super) fn options(remedy: Remedy) -> &'static [&'static str] {
         Remedy::AllowPeers => &["--allow CIDR"],
         Remedy::NameTlsHost => &["--tls-hostname"],
         Remedy::AlignTls => &["--tls-dir"],
+        Remedy::AlignUrgent => &["--postcopy-preempt"],
         Remedy::ListTlsClients => &["--tls-authz"],
         // Each command reports its own (see `converge::print_remedies`).
         Remedy::HelpConvergence => &[],

@@ -308,10 +308,7 @@ fn no_urgent_channel() -> Error {
         what: "a second connection came with the source's, which is for urgent pages (postcopy-preempt), and this relay takes \
                none"
             .into(),
-        remedy: Remedy::Advice(
-            "give the relay connections for them (--postcopy-preempt), or turn postcopy-preempt off at both ends; \
-             postcopy-ram may stay on",
-        ),
+        remedy: Remedy::AlignUrgent,
     }
 }
 
