@@ -50,8 +50,29 @@ struct Turn {
     /// A READ by `ib_read_lat` and a bare UFFDIO_COPY.
     floor: Times,
     /// The source's, over RDMA and over TCP.
-    cost: Cost,
-    tcp_cost: Cost,
+    cost: Slope,
+    tcp_cost: Slope,
+}
+
+/// What a source's process pays for more memory: a run costs something however small it is, most of all on an emulated
+/// machine, which translates each instruction once.
+#[derive(Clone, Copy, Debug)]
+struct Slope {
+    /// Seconds of two runs, and what one has more, in GB.
+    user: f64,
+    all: f64,
+    gb: f64,
+}
+
+impl Slope {
+    fn between(small: (u64, Cost), large: (u64, Cost)) -> Self {
+        let more = large.1.since(small.1);
+        Self {
+            user: more.user_seconds.max(0.0),
+            all: more.cpu_seconds.max(0.0),
+            gb: large.0.saturating_sub(small.0) as f64 / 1e9,
+        }
+    }
 }
 
 /// Everything that was measured; ratios are ours over theirs, of the same turn.
@@ -80,7 +101,7 @@ struct Report {
     loaded_p99_us: Option<Median>,
     loaded_p50_ratio: Option<Median>,
     loaded_p99_ratio: Option<Median>,
-    /// Processor time of the source in the program, per GB, from the greeting on.
+    /// Processor time of the source in the program, per GB that `ram_bytes` has more than `fault_ram_bytes`.
     source_user_s_per_gb: Option<Median>,
     tcp_source_user_s_per_gb: Option<Median>,
     user_ratio: Option<Median>,
@@ -94,8 +115,7 @@ struct Report {
 impl Report {
     fn of(args: &PostcopyArgs, host: String, turns: &[Turn]) -> Self {
         let median = |of: &dyn Fn(&Turn) -> f64| Median::of(turns.iter().map(of));
-        let gb = args.ram as f64 / 1e9;
-        let sum = |of: fn(&Turn) -> Cost| turns.iter().map(|turn| of(turn).user_seconds).sum::<f64>();
+        let sum = |of: fn(&Turn) -> Slope| turns.iter().map(|turn| of(turn).user).sum::<f64>();
         Self {
             version: 1,
             transport: "rdma",
@@ -116,12 +136,12 @@ impl Report {
             loaded_p99_us: median(&|turn| turn.loaded.p99),
             loaded_p50_ratio: median(&|turn| turn.loaded.p50 / turn.floor.p50),
             loaded_p99_ratio: median(&|turn| turn.loaded.p99 / turn.floor.p99),
-            source_user_s_per_gb: median(&|turn| turn.cost.user_seconds / gb),
-            tcp_source_user_s_per_gb: median(&|turn| turn.tcp_cost.user_seconds / gb),
-            user_ratio: median(&|turn| turn.cost.user_seconds / turn.tcp_cost.user_seconds),
+            source_user_s_per_gb: median(&|turn| turn.cost.user / turn.cost.gb),
+            tcp_source_user_s_per_gb: median(&|turn| turn.tcp_cost.user / turn.tcp_cost.gb),
+            user_ratio: median(&|turn| turn.cost.user / turn.tcp_cost.user),
             user_ratio_of_sums: sum(|turn| turn.cost) / sum(|turn| turn.tcp_cost),
-            source_s_per_gb: median(&|turn| turn.cost.cpu_seconds / gb),
-            tcp_source_s_per_gb: median(&|turn| turn.tcp_cost.cpu_seconds / gb),
+            source_s_per_gb: median(&|turn| turn.cost.all / turn.cost.gb),
+            tcp_source_s_per_gb: median(&|turn| turn.tcp_cost.all / turn.tcp_cost.gb),
         }
     }
 
@@ -213,10 +233,16 @@ fn turn(
         Ok::<_, BenchError>((device.read_rate(args.ram)?, floor))
     };
     let first = theirs_first.then(theirs).transpose()?;
-    let (arrived, cost) = whole(&rdma)?;
+    let cost = |at: &Address, large: Cost| {
+        let (_, small) = migrate(at, args.fault_ram, Way::default(), cancel)?;
+        Ok::<_, BenchError>(Slope::between((args.fault_ram, small), (args.ram, large)))
+    };
+    let (arrived, large) = whole(&rdma)?;
+    let rdma_cost = cost(&rdma, large)?;
     let (alone, loaded) = (faults(Some(Rate(64 << 10)))?, faults(None)?);
     let (their_rate, floor) = first.map_or_else(theirs, Ok)?;
-    let (_, tcp_cost) = whole(&tcp)?;
+    let (_, large) = whole(&tcp)?;
+    let (cost, tcp_cost) = (rdma_cost, cost(&tcp, large)?);
     Ok(Turn { rate: args.ram as f64 / arrived.seconds, their_rate, alone, loaded, floor, cost, tcp_cost })
 }
 
@@ -255,6 +281,7 @@ mod tests {
 
     #[test]
     fn ratios_are_of_the_same_turn() {
+        let used = |user_seconds| Cost { user_seconds, ..Cost::default() };
         let turn = |slow: f64| Turn {
             rate: 90e6 / slow,
             their_rate: 100e6 / slow,
@@ -262,8 +289,8 @@ mod tests {
             loaded: Times { p50: 15.0 * slow, p99: 60.0 * slow },
             floor: Times { p50: 7.0 * slow, p99: 20.0 * slow }
                 .and(Times { p50: 3.0 * slow, p99: 20.0 * slow }),
-            cost: Cost { user_seconds: 0.01, cpu_seconds: 1.0, page_faults: 0 },
-            tcp_cost: Cost { user_seconds: 0.1 * slow, cpu_seconds: 2.0, page_faults: 0 },
+            cost: Slope::between((1 << 20, used(0.1)), (2 << 20, used(0.11))),
+            tcp_cost: Slope::between((1 << 20, used(0.1)), (2 << 20, used(0.1 + 0.1 * slow))),
         };
         let turns: Vec<_> = [1.0, 2.0, 4.0].map(turn).into();
         let cli = <crate::Cli as clap::Parser>::parse_from(["bench", "postcopy", "--ram", "1000M"]);
