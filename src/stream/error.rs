@@ -204,6 +204,12 @@ pub enum Fault {
         /// The type word.
         number: u16,
     },
+    /// A message of COLO that does not exist.
+    #[error("message {number:#x} of COLO does not exist")]
+    ColoMessage {
+        /// The word.
+        number: u32,
+    },
     /// A valid item at a moment at which it is not allowed.
     #[error("{what} is not legal here: {why}")]
     OutOfOrder {

@@ -7,6 +7,7 @@ use ramwire::ram::BlockName;
 use ramwire::stream::DecodeError;
 use ramwire::stream::qemu::blocks::BlockAnnouncement;
 use ramwire::stream::qemu::channel::{Channel, ChannelStep};
+use ramwire::stream::qemu::colo::{ColoEvent, ColoStep, ColoStream};
 use ramwire::stream::qemu::incoming::{AnnouncedBlocks, Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::multifd::Method;
 use ramwire::stream::qemu::page_compression::PacketInflater;
@@ -124,6 +125,47 @@ pub(crate) fn stream(data: &[u8]) -> usize {
     }
     assert!(stream.tail().bytes().len() <= data.len());
     at
+}
+
+/// A QEMU's stream with checkpoints behind it. Returns how many are whole.
+pub(crate) fn checkpoints(data: &[u8]) -> usize {
+    const MAX_STATE: u64 = 1 << 16;
+    let mut stream = ColoStream::new(IncomingConfig::default(), MAX_STATE);
+    let (mut at, mut whole, mut left) = (0, 0, None::<u64>);
+    loop {
+        match stream.next(&data[at..]) {
+            Ok(ColoStep::Event { consumed, event }) => {
+                at += consumed;
+                assert!(at <= data.len() && stream.position() == at as u64);
+                match event {
+                    ColoEvent::Item(item) => {
+                        assert!(left.is_none(), "an item inside device state: {item:?}");
+                        check_event(&item, consumed, stream.items());
+                    }
+                    ColoEvent::Requested => assert!(whole > 0, "a checkpoint before the first migration"),
+                    ColoEvent::StateBegins(len) => {
+                        assert!(len <= MAX_STATE);
+                        left = Some(len);
+                    }
+                    ColoEvent::State(bytes) => left = Some(left.unwrap() - bytes.len() as u64),
+                    ColoEvent::Whole => {
+                        assert!(left.take().unwrap_or(0) == 0, "whole without all of its state");
+                        whole += 1;
+                    }
+                }
+            }
+            Ok(ColoStep::NeedMore { consumed, needed }) => {
+                at += consumed;
+                assert!(needed > data.len() - at, "asks for bytes it has");
+                return whole;
+            }
+            Err(DecodeError::Corrupt(corrupt)) => {
+                assert!(corrupt.at >= stream.position() && corrupt.at <= data.len() as u64, "{corrupt}");
+                return whole;
+            }
+            Err(DecodeError::Truncated { .. }) => panic!("truncation is no error of a stream"),
+        }
+    }
 }
 
 fn check_event(event: &Event<'_>, consumed: usize, stream: &IncomingStream) {

@@ -4,8 +4,11 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 
 use ramwire::stream::DecodeError;
+use ramwire::stream::qemu::colo::{ColoMessage, encode_size};
 use ramwire::stream::qemu::incoming::{Ending, Event, IncomingConfig, IncomingStream, Step};
 use ramwire::stream::qemu::multifd::Method;
+use ramwire::stream::qemu::ram::EOS_RECORD;
+use ramwire::stream::qemu::section;
 
 use super::replay::Replay;
 use super::{captures, fuzz_bodies};
@@ -103,6 +106,45 @@ fn s79_every_byte_of_a_small_stream_may_be_wrong() {
     }
     // Most bytes of the RAM part are offsets, flags and fill bytes, whose change is detected.
     assert!(refused > 5000, "only {refused} of {} changes were refused", 3 * bytes.len());
+}
+
+/// The stream of a QEMU without pages, and two checkpoints behind it.
+fn with_checkpoints() -> Vec<u8> {
+    let mut out = captures::read("q72-none.gz");
+    for _ in 0..2 {
+        out.extend_from_slice(&ColoMessage::Request.encode());
+        out.extend_from_slice(&ColoMessage::Send.encode());
+        section::encode_end(2, &mut out);
+        out.extend_from_slice(&EOS_RECORD);
+        section::encode_footer(2, &mut out);
+        section::encode_eof(&mut out);
+        let mut state = Vec::new();
+        let name = section::SectionName { id: 9, idstr: "timer", instance: 0, version: 2 };
+        section::encode_full(&name, &mut state);
+        state.extend_from_slice(&[7; 24]);
+        section::encode_footer(9, &mut state);
+        section::encode_eof(&mut state);
+        encode_size(state.len() as u64, &mut out);
+        out.extend_from_slice(&state);
+    }
+    out
+}
+
+/// Every single byte of a stream with checkpoints, changed, and the stream cut there.
+#[test]
+fn s79_every_byte_of_checkpoints_may_be_wrong() {
+    let bytes = with_checkpoints();
+    assert_eq!(fuzz_bodies::checkpoints(&bytes), 3);
+    let front = captures::read("q72-none.gz").len();
+    for at in 0..bytes.len() {
+        assert!(fuzz_bodies::checkpoints(&bytes[..at]) < 3);
+        let flips: &[u8] = if at < front { &[0x80] } else { &[0x01, 0x02, 0x80, 0xff] };
+        for flip in flips {
+            let mut bad = bytes.clone();
+            bad[at] ^= flip;
+            fuzz_bodies::checkpoints(&bad);
+        }
+    }
 }
 
 /// Multifd channels with a few changed bytes, most of them in the headers.

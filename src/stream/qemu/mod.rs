@@ -17,9 +17,11 @@
 //! | [`return_path`] | messages back to the source |
 //! | [`style`] | differences between senders |
 //! | [`incoming`] | all of it in order: a whole stream on one channel |
+//! | [`colo`] | the same with checkpoints behind it (COLO) |
 
 pub mod blocks;
 pub mod channel;
+pub mod colo;
 pub mod command;
 pub mod compressed;
 pub mod cpr;

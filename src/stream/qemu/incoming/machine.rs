@@ -68,6 +68,8 @@ struct Reached {
     pages_began: bool,
     /// A package was received: what follows is postcopy.
     postcopy: bool,
+    /// RAM of a checkpoint, whose device state comes elsewhere.
+    checkpoint: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -145,6 +147,15 @@ impl IncomingStream {
         self.position = 0;
         self.seen.ram_end = false;
         self.blocks.forget_current();
+    }
+
+    /// Continues behind a whole stream with the RAM of a checkpoint (COLO): sections of RAM and commands up to an end of
+    /// file, then [`Event::Done`]. The tail is given up. The first record may continue the block of the last one before.
+    pub fn begin_checkpoint(&mut self) {
+        self.state = State::Items;
+        self.reached.checkpoint = true;
+        self.seen.ram_end = false;
+        self.tail = Tail::new(self.seen.framing);
     }
 
     /// Decodes the next item of `input`, which begins at the first byte that was not consumed.

@@ -22,7 +22,10 @@ impl IncomingStream {
             Item::Eof if self.seen.barrier_in_start.is_none() && !self.reached.postcopy => {
                 Err(out_of_order("the end of the stream", "RAM has not been announced"))
             }
-            Item::Eof if self.reached.postcopy => {
+            Item::Eof if self.reached.checkpoint && !self.seen.ram_end => {
+                Err(out_of_order("the end of a checkpoint's RAM", "ram END has not come"))
+            }
+            Item::Eof if self.reached.postcopy || self.reached.checkpoint => {
                 self.state = State::Done;
                 Ok(Told(used, Event::Eof))
             }
@@ -54,7 +57,7 @@ impl IncomingStream {
             let fault = Fault::Version { name: name.idstr.into(), found: name.version, supported };
             return Err(DecodeError::corrupt(used - 4, fault));
         }
-        if self.seen.ram_end || self.reached.postcopy {
+        if self.seen.ram_end || self.reached.postcopy || self.reached.checkpoint {
             return Err(out_of_order("START", "RAM is complete or the guest has moved"));
         }
         let other = if kind == SectionKind::Ram { self.ids.bitmap } else { self.ids.ram };
@@ -83,7 +86,7 @@ impl IncomingStream {
     }
 
     fn full<'a>(&mut self, name: SectionName<'a>, used: usize) -> Advance<'a> {
-        let started = self.seen.barrier_in_start.is_some() && !self.reached.postcopy;
+        let started = self.seen.barrier_in_start.is_some() && !self.reached.postcopy && !self.reached.checkpoint;
         if started && !self.reached.pages_began && is_early_virtio_mem(name.idstr) {
             return Ok(self.open(Phase::Full, name.id, SectionKind::EarlyVirtioMem, used));
         }
