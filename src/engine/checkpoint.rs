@@ -57,6 +57,8 @@ pub(crate) enum CheckpointBreakage {
     PlaceEarly,
     /// The device state that arrives replaces the one before at once.
     StateEarly,
+    /// A checkpoint is called whole before its device state has come.
+    WholeWithoutState,
     /// The dirty logs stay on.
     LeaveLogsOn,
     /// A standby that takes nothing is waited for, with the guest paused.

@@ -29,8 +29,9 @@ mod workers;
 
 use breakage::Breakage;
 pub use checkpoint::{
-    CheckpointHandle, CheckpointObserver, CheckpointReport, CheckpointSession, CheckpointSettings, Lease,
-    StandbyHandle, StandbyReport, StandbySession, StandbySettings,
+    CheckpointHandle, CheckpointObserver, CheckpointReport, CheckpointSession, CheckpointSettings, ColoPeer,
+    Lease, StandbyControl, StandbyHandle, StandbyObserver, StandbyReport, StandbySession, StandbySettings,
+    WhenLost,
 };
 pub use config::{DestinationSettings, PostcopySettings, SourceSettings, Verify};
 pub use control::Control;

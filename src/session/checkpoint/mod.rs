@@ -25,8 +25,10 @@ use crate::session::workers::Spawner;
 use crate::session::{CheckpointOutcome, Error, LeaseConfig, StandbyEnding};
 
 pub use lease::Lease;
-pub use source::{CheckpointHandle, CheckpointSession};
-pub use standby::{StandbyHandle, StandbySession};
+pub use source::{CheckpointHandle, CheckpointSession, ColoPeer};
+#[cfg(test)]
+pub(in crate::session) use standby::{ColoIntake, Taken};
+pub use standby::{StandbyControl, StandbyHandle, StandbyObserver, StandbySession, WhenLost};
 
 /// Settings of a source.
 #[derive(Clone, Debug)]
@@ -71,6 +73,9 @@ pub struct StandbySettings {
     pub max_state: u64,
     /// Most bytes of RAM; 64 TiB.
     pub max_ram: u64,
+    /// How long one checkpoint of a QEMU may take, from its request until all of it is here, with a second more for each
+    /// 64 MiB of RAM: its guest is paused meanwhile; 60 s.
+    pub checkpoint_timeout: Duration,
     /// The guest starts here when the lease that the source was granted last has run out
     /// ([`CheckpointSettings::lease`]): false.
     pub starts_by_lease: bool,
@@ -80,7 +85,13 @@ pub struct StandbySettings {
 
 impl Default for StandbySettings {
     fn default() -> Self {
-        Self { max_state: 64 << 20, max_ram: 64 << 40, starts_by_lease: false, spawner: Spawner::default() }
+        Self {
+            max_state: 64 << 20,
+            max_ram: 64 << 40,
+            checkpoint_timeout: Duration::from_secs(60),
+            starts_by_lease: false,
+            spawner: Spawner::default(),
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! The source's session: does what the engine decides, on one thread.
 
 mod sending;
+mod to_qemu;
+mod to_ramwire;
 
 use std::io;
 use std::sync::Arc;
@@ -8,27 +10,30 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
 
-use self::sending::{Answers, error_of, one_way, out_of_turn};
+use self::sending::{Limit, error_of, one_way, out_of_turn};
+pub use self::to_qemu::ColoPeer;
+use self::to_qemu::ToQemu;
+use self::to_ramwire::ToRamwire;
 use super::inbox::Inbox;
 use super::{CheckpointObserver, CheckpointReport, CheckpointSettings, Lease, refuse_ignored, refuse_short};
 use crate::engine::{
     CheckpointAction, CheckpointConfig, CheckpointEngine, CheckpointEvent, CheckpointOutcome,
 };
 use crate::error::{Chain, Remedy};
-use crate::guest::sync_all;
+use crate::guest::{GuestMemory, sync_all};
 use crate::observe::Latency;
 use crate::page::PageSearch;
 use crate::ram::{ClearShift, DirtyMap, PageBatch};
 use crate::session::callback::{guarded, named};
 use crate::session::{Error, SourceGuest};
-use crate::stream::checkpoints::{CheckpointMessage, StandbyMessage};
+use crate::stream::checkpoints::StandbyMessage;
 use crate::sys::{Stop, since_boot};
-use crate::transport::{ByteSink as _, StreamChannel};
+use crate::transport::StreamChannel;
 
 /// A guest that is to be protected by a standby ([`StandbySession`](crate::session::StandbySession)).
 pub struct CheckpointSession {
     guest: SourceGuest,
-    channel: StreamChannel,
+    standby: Box<dyn Standby>,
     observer: Box<dyn CheckpointObserver>,
     settings: CheckpointSettings,
     inbox: Arc<Inbox<CheckpointEvent>>,
@@ -46,6 +51,16 @@ impl CheckpointSession {
         observer: Box<dyn CheckpointObserver>,
         settings: CheckpointSettings,
     ) -> Result<Self, Error> {
+        let standby = Box::new(ToRamwire::new(channel));
+        Self::checked(guest, standby, observer, settings)
+    }
+
+    fn checked(
+        guest: SourceGuest,
+        standby: Box<dyn Standby>,
+        observer: Box<dyn CheckpointObserver>,
+        settings: CheckpointSettings,
+    ) -> Result<Self, Error> {
         if guest.dirty.is_empty() {
             return Err(Error::Config {
                 what: "no dirty source: a checkpoint would not know what the guest has written".into(),
@@ -55,7 +70,33 @@ impl CheckpointSession {
         refuse_ignored(&*guest.memory)?;
         refuse_short(settings.lease)?;
         let (inbox, lease) = (Arc::default(), Lease::default());
-        Ok(Self { guest, channel, observer, settings, inbox, lease })
+        Ok(Self { guest, standby, observer, settings, inbox, lease })
+    }
+
+    /// Protects `guest` by the QEMU at the other end of `channel`, which waits with `-incoming` and its capability x-colo on
+    /// (COLO). `peer` is what it is told. The device state is as QEMU reads it: FULL sections, an end of file, and a VM
+    /// description, which is sent with checkpoint 1 only.
+    ///
+    /// A QEMU runs its own copy of the guest between checkpoints, and knows no leases. It can't be told that the protection
+    /// ended: its operator ends it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`Error::Config`] for a lease.
+    pub fn to_qemu(
+        guest: SourceGuest,
+        channel: StreamChannel,
+        observer: Box<dyn CheckpointObserver>,
+        settings: CheckpointSettings,
+        peer: ColoPeer,
+    ) -> Result<Self, Error> {
+        if settings.lease.is_some() {
+            return Err(Error::Config {
+                what: "a QEMU at the other end knows no leases".into(),
+                remedy: Remedy::Advice("leave the lease out (CheckpointSettings::lease)"),
+            });
+        }
+        let standby = Box::new(ToQemu::new(channel, Arc::clone(&guest.memory), peer));
+        Self::checked(guest, standby, observer, settings)
     }
 
     /// Governs a lease that the VMM's threads know already: those that run the guest, and let out what it sends.
@@ -122,6 +163,42 @@ impl Drop for CheckpointHandle {
     }
 }
 
+/// What is said to a standby, and what it answers. All but [`greet`](Self::greet) and [`open`](Self::open) wait only for
+/// the connection.
+trait Standby: Send {
+    /// Says what guest it is, and waits for memory; returns an answer that says something else.
+    fn greet(&mut self, memory: &dyn GuestMemory, limit: &Limit) -> Result<Option<StandbyMessage>, Error>;
+
+    /// A checkpoint begins.
+    fn open(&mut self, number: u64, limit: &Limit) -> Result<(), Error>;
+
+    /// Pages of it.
+    fn pages(&mut self, memory: &dyn GuestMemory, batch: &PageBatch, limit: &Limit) -> Result<(), Error>;
+
+    /// Its device state, behind its last page.
+    fn state(&mut self, number: u64, state: &[u8], limit: &Limit) -> Result<(), Error>;
+
+    /// All of it has been sent.
+    fn close(&mut self, number: u64, pages: u64, limit: &Limit) -> Result<(), Error>;
+
+    /// Asks for a lease.
+    fn renew(&mut self, number: u64, time: Duration, limit: &Limit) -> Result<(), Error>;
+
+    /// The protection ends.
+    fn release(&mut self, limit: &Limit) -> Result<(), Error>;
+
+    /// The next answer; `None` if the wait was stopped.
+    fn next(&mut self, stop: &Stop) -> Result<Option<StandbyMessage>, Error>;
+
+    /// No answer can come, or none is waited for any more.
+    fn is_silent(&self) -> bool;
+
+    fn forget_answers(&mut self);
+
+    /// Bytes sent.
+    fn position(&self) -> u64;
+}
+
 /// The pages that are dirty.
 struct Pages {
     dirty: DirtyMap,
@@ -144,8 +221,7 @@ struct Figures {
 
 struct Running {
     guest: SourceGuest,
-    sink: StreamChannel,
-    answers: Option<Answers>,
+    standby: Box<dyn Standby>,
     observer: Box<dyn CheckpointObserver>,
     settings: CheckpointSettings,
     inbox: Arc<Inbox<CheckpointEvent>>,
@@ -160,7 +236,7 @@ struct Running {
 
 impl Running {
     fn new(session: CheckpointSession) -> Self {
-        let CheckpointSession { guest, channel, observer, settings, inbox, lease } = session;
+        let CheckpointSession { guest, standby, observer, settings, inbox, lease } = session;
         let table = guest.memory.table();
         let config = CheckpointConfig {
             interval: settings.interval,
@@ -170,13 +246,11 @@ impl Running {
             lease: settings.lease,
         };
         let dirty = DirtyMap::new(table, ClearShift::default());
-        let (sink, back) = channel.with_return_path();
         Self {
             engine: CheckpointEngine::new(config),
             pages: Pages { dirty, search: PageSearch::default(), batch: PageBatch::default() },
-            answers: back.map(Answers::of),
             guest,
-            sink,
+            standby,
             observer,
             settings,
             inbox,
@@ -231,14 +305,14 @@ impl Running {
         tracing::warn!(error = %Chain(&error), "a checkpoint failed");
         self.error.get_or_insert(error);
         self.tell(event);
-        while let Some(answers) = &mut self.answers {
-            match answers.next(&Stop::never().within(Duration::ZERO)) {
+        while !self.standby.is_silent() {
+            match self.standby.next(&Stop::never().within(Duration::ZERO)) {
                 Ok(Some(message)) => self.answered(message),
                 Ok(None) | Err(_) => break,
             }
         }
         if event == CheckpointEvent::Lost {
-            self.answers = None;
+            self.standby.forget_answers();
         }
     }
 
@@ -270,11 +344,11 @@ impl Running {
 
     /// Takes one message, if one comes.
     fn listen(&mut self, stop: &Stop) {
-        let Some(answers) = &mut self.answers else {
+        if self.standby.is_silent() {
             self.error.get_or_insert(one_way());
             return self.tell(CheckpointEvent::Lost);
-        };
-        match answers.next(stop) {
+        }
+        match self.standby.next(stop) {
             Ok(Some(message)) => self.answered(message),
             Ok(None) => {}
             Err(error) => self.failed(error, CheckpointEvent::Lost),
@@ -292,7 +366,8 @@ impl Running {
             CheckpointAction::Greet => self.greet()?,
             CheckpointAction::Open(number) => {
                 self.figures.in_checkpoint = 0;
-                self.send(&CheckpointMessage::Open(number).encode())?;
+                let limit = self.limit();
+                self.standby.open(number, &limit)?;
             }
             CheckpointAction::Sync => {
                 sync_all(&self.guest.dirty, self.guest.memory.table(), &mut self.pages.dirty)?;
@@ -316,10 +391,10 @@ impl Running {
             CheckpointAction::Unfence => self.resume()?,
             CheckpointAction::SaveState(number) => self.save_state(number)?,
             CheckpointAction::Close(number) => {
-                let pages = self.figures.in_checkpoint;
-                self.send(&CheckpointMessage::Close { number, pages }.encode())?;
+                let limit = self.limit();
+                self.standby.close(number, self.figures.in_checkpoint, &limit)?;
                 if number == 1 {
-                    self.figures.first_bytes = self.sink.position();
+                    self.figures.first_bytes = self.standby.position();
                 }
             }
             CheckpointAction::Resume => {
@@ -332,7 +407,10 @@ impl Running {
                 self.figures.safe = number;
                 named("calling CheckpointObserver::safe", || self.observer.safe(number));
             }
-            CheckpointAction::Release => self.send(&CheckpointMessage::Release.encode())?,
+            CheckpointAction::Release => {
+                let limit = self.limit();
+                self.standby.release(&limit)?;
+            }
             CheckpointAction::StopLogs => {
                 // Every source is stopped, even if an earlier one refuses.
                 let stop = |source: &Arc<dyn crate::guest::DirtySource>| -> Result<(), Error> {
@@ -369,7 +447,7 @@ impl Running {
             fences: figures.fences,
             safe: figures.safe,
             pages: figures.pages,
-            bytes: self.sink.position(),
+            bytes: self.standby.position(),
             first_bytes: figures.first_bytes,
             pauses: figures.pauses.summary(),
             not_resumed: figures.not_resumed && !stays,

@@ -1,24 +1,29 @@
 //! The standby's session: does what the engine decides, on one thread.
 
+mod colo;
+mod from_qemu;
+mod from_ramwire;
+
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, bounded};
 
+#[cfg(test)]
+pub(in crate::session) use self::colo::{ColoIntake, Taken};
+use self::from_qemu::FromQemu;
+use self::from_ramwire::FromRamwire;
 use super::inbox::Inbox;
-use super::{StandbyReport, StandbySettings, refuse_ignored};
+use super::{StandbyReport, StandbySettings};
 use crate::engine::{StandbyAction, StandbyDoubt, StandbyEnding, StandbyEngine, StandbyEvent};
 use crate::error::{Chain, Remedy};
 use crate::guest::{CheckpointCache, GuestMemory, load_state};
-use crate::ram::{BlockName, MAX_BLOCKS, PageRun, RamBlock};
 use crate::session::callback::{guarded, named};
-use crate::session::destination::same_blocks;
 use crate::session::{DestinationGuest, Error, Incoming};
-use crate::stream::checkpoints::{CheckpointMessage, HEAD_LEN, StandbyMessage};
-use crate::sys::{RecvPart, SendPart, Stop};
-use crate::transport::{ByteSink, ByteSource, ChannelError, StreamChannel};
-use crate::units::{BlockIndex, PageIndex};
+use crate::stream::checkpoints::StandbyMessage;
+use crate::sys::Stop;
+use crate::transport::{ChannelError, StreamChannel};
 
 /// Pages that are applied by one call.
 const APPLIED_AT_ONCE: u64 = 4096;
@@ -32,7 +37,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// A standby before it has a guest.
 pub struct StandbySession {
     guest: DestinationGuest,
-    channel: StreamChannel,
+    arrivals: Box<dyn Arrivals>,
+    observer: Box<dyn StandbyObserver>,
     settings: StandbySettings,
     inbox: Arc<Inbox<StandbyEvent>>,
 }
@@ -40,8 +46,29 @@ pub struct StandbySession {
 impl StandbySession {
     /// Keeps the guest that the source at the other end of `channel` has. Its provider is asked for memory once it has
     /// announced its blocks; [`Incoming`] has those and nothing else.
-    pub fn new(guest: DestinationGuest, channel: StreamChannel, settings: StandbySettings) -> Self {
-        Self { guest, channel, settings, inbox: Arc::default() }
+    pub fn new(guest: DestinationGuest, mut channel: StreamChannel, settings: StandbySettings) -> Self {
+        // A source may rest for as long as its embedder wants.
+        channel.set_stall(None);
+        let arrivals = Box::new(FromRamwire::new(channel, &settings));
+        Self { guest, arrivals, observer: Box::new(Unwatched), settings, inbox: Arc::default() }
+    }
+
+    /// Keeps the guest of the QEMU at the other end of `channel`, whose capability x-colo is on and `return-path` off
+    /// (COLO). Its first migration is checkpoint 1. The device state is as QEMU writes it: of later checkpoints FULL
+    /// sections and an end of file, without a VM description.
+    ///
+    /// QEMU has no lease, and no message that says that its guest was taken: [`activate`](StandbyHandle::activate) only
+    /// closes the connection.
+    pub fn of_qemu(guest: DestinationGuest, mut channel: StreamChannel, settings: StandbySettings) -> Self {
+        channel.set_stall(None);
+        let arrivals = Box::new(FromQemu::new(channel, &settings));
+        Self { guest, arrivals, observer: Box::new(Unwatched), settings, inbox: Arc::default() }
+    }
+
+    /// Tells `observer` what comes, and asks it what becomes of the guest when the source is lost.
+    #[must_use]
+    pub fn with_observer(self, observer: Box<dyn StandbyObserver>) -> Self {
+        Self { observer, ..self }
     }
 
     /// Keeps the guest on a thread `ramwire-standby` of the settings' spawner.
@@ -68,6 +95,11 @@ pub struct StandbyHandle {
 }
 
 impl StandbyHandle {
+    /// Commands for it that another thread may give.
+    pub fn control(&self) -> StandbyControl {
+        StandbyControl(Arc::clone(&self.inbox))
+    }
+
     /// Starts the guest here, from the last checkpoint that has come whole. **The source must be dead**, or kept from
     /// running its guest in another way (fencing): a source that still runs is told if it can be reached, and pauses its
     /// guest only then. Of this and [`discard`](Self::discard) the first call counts: from here on the handle may be
@@ -98,52 +130,105 @@ impl StandbyHandle {
     }
 }
 
+/// Commands for a standby. Clones command the same one; dropping it changes nothing.
+#[derive(Clone)]
+pub struct StandbyControl(Arc<Inbox<StandbyEvent>>);
+
+impl StandbyControl {
+    /// As [`StandbyHandle::activate`].
+    pub fn activate(&self) {
+        self.0.put(StandbyEvent::Activate);
+    }
+
+    /// As [`StandbyHandle::discard`].
+    pub fn discard(&self) {
+        self.0.put(StandbyEvent::Discard);
+    }
+}
+
 impl Drop for StandbyHandle {
     fn drop(&mut self) {
         self.discard();
     }
 }
 
-/// The guest's memory, once it was announced.
-struct Kept {
-    cache: CheckpointCache,
-    /// Announced position to position in the guest's own table.
-    blocks: Vec<BlockIndex>,
+/// The guest's memory, and the part of the next checkpoint that has come.
+type Kept = CheckpointCache;
+
+/// What comes from a source of checkpoints, and the answers to it.
+trait Arrivals: Send {
+    /// Learns what guest it is, and gets memory for it.
+    fn greet(&mut self, guest: &mut DestinationGuest, stop: &Stop) -> Result<Kept, Error>;
+
+    /// Keeps what comes until the engine is to know of something.
+    fn receive(
+        &mut self,
+        kept: &mut Kept,
+        guest: &mut DestinationGuest,
+        is_open: bool,
+        stop: &Stop,
+    ) -> Result<StandbyEvent, Error>;
+
+    /// Answers, within `limit`.
+    fn say(&mut self, message: StandbyMessage, limit: Duration) -> Result<(), Error>;
+
+    /// Closes the connection.
+    fn hang_up(&self);
 }
 
-/// What has come of the checkpoint that arrives.
-#[derive(Default)]
-struct Arriving {
-    pages: u64,
-    has_state: bool,
+/// What becomes of a guest whose source is lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenLost {
+    /// The embedder, or the lease, decides later.
+    #[default]
+    Wait,
+    /// It starts here, as after [`StandbyHandle::activate`].
+    Start,
+    /// There is to be none here, as after [`StandbyHandle::discard`].
+    Discard,
 }
+
+/// Learns at the standby what has come. All calls come on the session's thread.
+pub trait StandbyObserver: Send {
+    /// The guest would start from this checkpoint now, and its source is told so next.
+    fn applied(&mut self, _number: u64) {}
+
+    /// The source is lost; 0: before the first checkpoint. **That it is lost does not mean that it is dead.** Called once.
+    fn lost(&mut self, _number: u64) -> WhenLost {
+        WhenLost::Wait
+    }
+}
+
+/// Nobody looks.
+struct Unwatched;
+
+impl StandbyObserver for Unwatched {}
 
 struct Running {
     guest: DestinationGuest,
-    channel: StreamChannel,
-    settings: StandbySettings,
+    arrivals: Box<dyn Arrivals>,
+    observer: Box<dyn StandbyObserver>,
     inbox: Arc<Inbox<StandbyEvent>>,
     engine: StandbyEngine,
+    /// Once the source has announced it.
     kept: Option<Kept>,
-    arriving: Arriving,
+    /// The observer was asked about the loss of the source.
+    has_asked: bool,
     begun: Instant,
     error: Option<Error>,
 }
 
 impl Running {
     fn new(session: StandbySession) -> Self {
-        let StandbySession { guest, mut channel, settings, inbox } = session;
-        let starts_by_lease = settings.starts_by_lease;
-        // A source may rest for as long as its embedder wants.
-        channel.set_stall(None);
+        let StandbySession { guest, arrivals, observer, settings, inbox } = session;
         Self {
             guest,
-            channel,
-            settings,
+            arrivals,
+            observer,
             inbox,
-            engine: StandbyEngine::new(starts_by_lease),
+            engine: StandbyEngine::new(settings.starts_by_lease),
             kept: None,
-            arriving: Arriving::default(),
+            has_asked: false,
             begun: Instant::now(),
             error: None,
         }
@@ -155,7 +240,7 @@ impl Running {
             self.take_commands();
             if self.engine.gives_source_up() {
                 // A source that was not understood learns that at once.
-                self.channel.breaker().close();
+                self.arrivals.hang_up();
             }
             match self.engine.poll() {
                 Some(StandbyAction::Finish(ending)) => return self.report(ending),
@@ -169,12 +254,29 @@ impl Running {
                         self.error.get_or_insert_with(|| doubted(doubt));
                     }
                 }
+                None if !self.has_asked => self.ask(),
                 // Only the embedder decides now, or the lease.
                 None => {
                     let _ = self.stop().sleep(Duration::MAX);
                     self.tell(StandbyEvent::Time);
                 }
             }
+        }
+    }
+
+    /// The source is lost.
+    fn ask(&mut self) {
+        self.has_asked = true;
+        let number = self.engine.applied();
+        let observer = &mut self.observer;
+        let answer = guarded("a checkpoint is kept", || {
+            named("calling StandbyObserver::lost", || observer.lost(number))
+        });
+        match answer {
+            Ok(WhenLost::Wait) => {}
+            Ok(WhenLost::Start) => self.tell(StandbyEvent::Activate),
+            Ok(WhenLost::Discard) => self.tell(StandbyEvent::Discard),
+            Err(error) => drop(self.error.get_or_insert(error)),
         }
     }
 
@@ -212,176 +314,50 @@ impl Running {
 
     fn perform(&mut self, action: StandbyAction) -> Result<StandbyEvent, Error> {
         match action {
-            StandbyAction::Greet => self.greet()?,
-            StandbyAction::Receive => return self.receive(),
+            StandbyAction::Greet => {
+                let stop = self.stop();
+                self.kept = Some(self.arrivals.greet(&mut self.guest, &stop)?);
+                self.arrivals.say(StandbyMessage::Ready, ANSWER_TIMEOUT)?;
+            }
+            StandbyAction::Receive => {
+                let (stop, is_open) = (self.stop(), self.engine.is_open());
+                let kept = self.kept.as_mut().ok_or_else(no_memory)?;
+                return self.arrivals.receive(kept, &mut self.guest, is_open, &stop);
+            }
             StandbyAction::Confirm(number) => {
-                self.send(StandbyMessage::Confirm(number), &Stop::never().within(ANSWER_TIMEOUT))?;
+                named("calling StandbyObserver::applied", || self.observer.applied(number));
+                self.arrivals.say(StandbyMessage::Confirm(number), ANSWER_TIMEOUT)?;
             }
             StandbyAction::Grant(number) => {
-                self.send(StandbyMessage::Grant(number), &Stop::never().within(ANSWER_TIMEOUT))?;
+                self.arrivals.say(StandbyMessage::Grant(number), ANSWER_TIMEOUT)?;
             }
-            StandbyAction::Apply(_) => while !self.kept()?.cache.apply(APPLIED_AT_ONCE)? {},
+            StandbyAction::Apply(_) => {
+                let kept = self.kept.as_mut().ok_or_else(no_memory)?;
+                while !kept.apply(APPLIED_AT_ONCE)? {}
+            }
             StandbyAction::TellTaken => {
-                let message = StandbyMessage::Taken(self.engine.applied());
-                let told = self.send(message, &Stop::never().within(TELL_TIMEOUT));
-                self.channel.breaker().close();
+                let told = self.arrivals.say(StandbyMessage::Taken(self.engine.applied()), TELL_TIMEOUT);
+                self.arrivals.hang_up();
                 // Memory for the guest that runs here from now on.
                 if let Some(kept) = &mut self.kept {
-                    kept.cache.forget();
+                    kept.forget();
                 }
                 told?;
             }
             StandbyAction::Load => {
                 let kept = self.kept.as_ref().ok_or_else(no_memory)?;
-                let loaded = load_state(self.guest.control.as_mut(), kept.cache.state());
+                let loaded = load_state(self.guest.control.as_mut(), kept.state());
                 loaded.map_err(|source| Error::Control { what: "load its device state", source })?;
             }
             StandbyAction::Start => {
                 let started = named("calling GuestControl::resume", || self.guest.control.resume());
                 started.map_err(|source| Error::Control { what: "start", source })?;
             }
-            StandbyAction::AnswerRelease => {
-                self.send(StandbyMessage::Released, &Stop::never().within(TELL_TIMEOUT))?;
-            }
-            StandbyAction::TellDiscarded => {
-                self.send(StandbyMessage::Discarded, &Stop::never().within(TELL_TIMEOUT))?;
-            }
+            StandbyAction::AnswerRelease => self.arrivals.say(StandbyMessage::Released, TELL_TIMEOUT)?,
+            StandbyAction::TellDiscarded => self.arrivals.say(StandbyMessage::Discarded, TELL_TIMEOUT)?,
             StandbyAction::Finish(_) => {}
         }
         Ok(StandbyEvent::Done)
-    }
-
-    fn send(&mut self, message: StandbyMessage, stop: &Stop) -> Result<(), Error> {
-        Ok(self.channel.send(&[SendPart::Own(&message.encode())], stop)?)
-    }
-
-    fn kept(&mut self) -> Result<&mut Kept, Error> {
-        self.kept.as_mut().ok_or_else(no_memory)
-    }
-
-    fn message(&mut self) -> Result<CheckpointMessage, Error> {
-        let mut head = [0; HEAD_LEN];
-        let stop = self.stop();
-        fill(&mut self.channel, &mut head, &stop)?;
-        CheckpointMessage::decode(&head).map_err(|error| Error::PeerFailed { why: error.to_string() })
-    }
-
-    fn greet(&mut self) -> Result<(), Error> {
-        let CheckpointMessage::Hello { page, blocks } = self.message()? else {
-            return Err(out_of_turn("a message before HELLO", "waiting for a source of checkpoints"));
-        };
-        let mut announced = Vec::new();
-        for _ in 0..blocks.min(MAX_BLOCKS as u64) {
-            announced.push(self.announced()?);
-        }
-        let total = announced.iter().fold(0, |sum: u64, block| sum.saturating_add(block.used_length));
-        if total > self.settings.max_ram {
-            let what = format!(
-                "the source's guest has {total} bytes of RAM, and {} are accepted",
-                self.settings.max_ram
-            );
-            return Err(Error::Config { what, remedy: Remedy::RaiseRamLimit });
-        }
-        let incoming = Incoming::of_blocks(announced);
-        let memory = named("calling MemoryProvider::provide", || self.guest.memory.provide(&incoming))?;
-        self.kept =
-            Some(Kept { blocks: found(&incoming, &*memory, page)?, cache: CheckpointCache::new(memory)? });
-        self.send(StandbyMessage::Ready, &Stop::never().within(ANSWER_TIMEOUT))
-    }
-
-    fn announced(&mut self) -> Result<RamBlock, Error> {
-        let CheckpointMessage::Block { len, name } = self.message()? else {
-            return Err(out_of_turn("a message before all blocks", "waiting for the source's blocks"));
-        };
-        let mut bytes = vec![0; name as usize];
-        let stop = self.stop();
-        fill(&mut self.channel, &mut bytes, &stop)?;
-        let text = String::from_utf8_lossy(&bytes).into_owned();
-        let name = BlockName::new(&text).map_err(|error| Error::Guest(error.into()))?;
-        Ok(RamBlock::new(name, len))
-    }
-
-    /// Messages until one of them is the engine's to know, or the embedder commands.
-    fn receive(&mut self) -> Result<StandbyEvent, Error> {
-        loop {
-            let is_open = self.engine.is_open();
-            match self.message()? {
-                CheckpointMessage::Open(number) => {
-                    self.arriving = Arriving::default();
-                    return Ok(StandbyEvent::Opened(number));
-                }
-                CheckpointMessage::Pages { block, first, pages } if is_open => {
-                    self.pages(block, first, pages)?;
-                }
-                CheckpointMessage::Zeros { block, first, pages } if is_open => {
-                    self.zeros(block, first, pages)?
-                }
-                CheckpointMessage::State(len) if is_open => self.state(len)?,
-                CheckpointMessage::Close { number, pages } if is_open => return self.close(number, pages),
-                CheckpointMessage::Renew { number, nanos } => {
-                    return Ok(StandbyEvent::Asked { number, time: Duration::from_nanos(nanos) });
-                }
-                CheckpointMessage::Release if !is_open => return Ok(StandbyEvent::Released),
-                other => return Err(out_of_turn(&format!("{other:?}"), "keeping checkpoints")),
-            }
-        }
-    }
-
-    fn run_of(&mut self, block: BlockIndex, first: u64, pages: u64) -> Result<PageRun, Error> {
-        let block = self.kept()?.blocks.get(block.as_usize()).copied().unwrap_or(BlockIndex(u32::MAX));
-        Ok(PageRun { block, first: PageIndex(first), pages })
-    }
-
-    fn pages(&mut self, block: BlockIndex, first: u64, pages: u64) -> Result<(), Error> {
-        let run = self.run_of(block, first, pages)?;
-        let stop = self.stop();
-        let kept = self.kept.as_mut().ok_or_else(no_memory)?;
-        let landing = kept.cache.admit(run)?;
-        let span = kept.cache.target(landing)?;
-        let mut at = 0;
-        while let Some(rest) = span.part(at, span.len() - at).filter(|rest| !rest.is_empty()) {
-            match self.channel.recv(&mut [RecvPart::Guest(rest)], &stop)? {
-                0 => return Err(ended(&self.channel)),
-                got => at += got,
-            }
-        }
-        kept.cache.commit(landing);
-        self.arriving.pages = self.arriving.pages.saturating_add(pages);
-        Ok(())
-    }
-
-    fn zeros(&mut self, block: BlockIndex, first: u64, pages: u64) -> Result<(), Error> {
-        let run = self.run_of(block, first, pages)?;
-        let cache = &mut self.kept()?.cache;
-        let landing = cache.admit(run)?;
-        cache.zero(landing);
-        self.arriving.pages = self.arriving.pages.saturating_add(pages);
-        Ok(())
-    }
-
-    fn state(&mut self, len: u64) -> Result<(), Error> {
-        if len > self.settings.max_state {
-            return Err(out_of_turn("more device state than is accepted", "keeping checkpoints"));
-        }
-        let mut state = Vec::new();
-        while (state.len() as u64) < len {
-            let have = state.len();
-            state.resize(have + (len - have as u64).min(STATE_PIECE) as usize, 0);
-            let stop = self.stop();
-            fill(&mut self.channel, &mut state[have..], &stop)?;
-        }
-        self.kept()?.cache.set_state(state);
-        self.arriving.has_state = true;
-        Ok(())
-    }
-
-    fn close(&mut self, number: u64, pages: u64) -> Result<StandbyEvent, Error> {
-        let arriving = std::mem::take(&mut self.arriving);
-        if arriving.pages != pages || !arriving.has_state {
-            let what = format!("the end of a checkpoint of {pages} pages, of which {} came", arriving.pages);
-            return Err(out_of_turn(&what, "keeping checkpoints"));
-        }
-        Ok(StandbyEvent::Whole(number))
     }
 
     fn report(self, ending: StandbyEnding) -> StandbyReport {
@@ -409,25 +385,19 @@ fn doubted(doubt: StandbyDoubt) -> Error {
     out_of_turn(&what, "keeping checkpoints")
 }
 
-/// Where the announced blocks are in the guest's own table.
-fn found(incoming: &Incoming, memory: &dyn GuestMemory, page: u32) -> Result<Vec<BlockIndex>, Error> {
-    refuse_ignored(memory)?;
-    let table = memory.table();
-    if table.page().bytes() != u64::from(page) {
-        let what = format!("the source has pages of {page} bytes, this guest of {}", table.page().bytes());
-        return Err(Error::Config { what, remedy: Remedy::Advice("start both ends with the same machine") });
+/// Memory for the guest, if it is not too large.
+fn provided(
+    guest: &mut DestinationGuest,
+    incoming: &Incoming,
+    max_ram: u64,
+) -> Result<Arc<dyn GuestMemory>, Error> {
+    let lengths = incoming.blocks.iter().map(|block| block.used_length);
+    let total = lengths.fold(0, u64::saturating_add);
+    if total > max_ram {
+        let what = format!("the source's guest has {total} bytes of RAM, and {max_ram} are accepted");
+        return Err(Error::Config { what, remedy: Remedy::RaiseRamLimit });
     }
-    same_blocks(&incoming.blocks, table)
-}
-
-fn fill(channel: &mut StreamChannel, mut into: &mut [u8], stop: &Stop) -> Result<(), Error> {
-    while !into.is_empty() {
-        match channel.recv(&mut [RecvPart::Own(into)], stop)? {
-            0 => return Err(ended(channel)),
-            got => into = &mut into[got..],
-        }
-    }
-    Ok(())
+    named("calling MemoryProvider::provide", || guest.memory.provide(incoming))
 }
 
 fn ended(channel: &StreamChannel) -> Error {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod lease;
+mod qemu;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -32,6 +32,7 @@
 
 mod channel;
 mod checkpoint;
+mod colo;
 mod device;
 mod findings;
 mod guest;
