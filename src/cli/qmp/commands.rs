@@ -31,6 +31,7 @@ const EVERYWHERE: &[Role] = &[Role::Source, Role::Destination, Role::Relay, Role
 const MIGRATES: &[Role] = &[Role::Source, Role::Destination, Role::Relay];
 const SENDS: &[Role] = &[Role::Source, Role::Relay];
 const SOURCE: &[Role] = &[Role::Source];
+const DESTINATION: &[Role] = &[Role::Destination];
 
 const fn command(
     name: &'static str,
@@ -96,6 +97,7 @@ static COMMANDS: &[Command] = &[
     urgent("migrate-recover", SOURCE, &[URI], |subject, arguments| {
         done(subject.recover(text(arguments, "uri")))
     }),
+    command("x-colo-lost-heartbeat", DESTINATION, &[], |subject, _| done(subject.fail_over())),
     command("quit", EVERYWHERE, &[], |subject, _| done(subject.quit())),
 ];
 

@@ -52,6 +52,8 @@ pub(in crate::cli) enum Order {
 
 /// Requests the end.
 type Cancels = Box<dyn Fn() -> CancelReply + Send + Sync>;
+/// Lets the guest of a source that is dead go on from its last checkpoint; an error says why not.
+type FailsOver = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 /// What changes the migration while it runs, once that is there.
 type Controls = Box<dyn Fn() -> Option<Control> + Send + Sync>;
 /// Converts an address that a client names to the one to connect to; an error says why not.
@@ -65,6 +67,7 @@ pub(in crate::cli) struct Subject {
     controls: Controls,
     admits: Admits,
     orders: Option<Sender<Order>>,
+    fails_over: Option<FailsOver>,
     state: Mutex<State>,
 }
 
@@ -92,6 +95,7 @@ impl Subject {
             controls: Box::new(|| None),
             admits: Box::new(|_| Err("no address is taken here".into())),
             orders: None,
+            fails_over: None,
             state,
         }
     }
@@ -102,6 +106,15 @@ impl Subject {
         controls: impl Fn() -> Option<Control> + Send + Sync + 'static,
     ) -> Self {
         self.controls = Box::new(controls);
+        self
+    }
+
+    /// It keeps checkpoints, and `fails_over` ends that.
+    pub(in crate::cli) fn with_failover(
+        mut self,
+        fails_over: impl Fn() -> Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.fails_over = Some(Box::new(fails_over));
         self
     }
 
@@ -210,6 +223,14 @@ impl Subject {
             CancelReply::TooLate => Err(Failure::generic(
                 "it is too late: the guest was given away, and the migration runs to its end",
             )),
+        }
+    }
+
+    /// The source is dead, as its operator says.
+    pub(super) fn fail_over(&self) -> Result<(), Failure> {
+        match &self.fails_over {
+            Some(fails_over) => fails_over().map_err(Failure::generic),
+            None => Err(Failure::generic("no checkpoints are kept here (receive --colo keeps them)")),
         }
     }
 

@@ -1,5 +1,7 @@
 //! `ramwire receive`.
 
+mod colo;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -19,20 +21,20 @@ use ramwire::transport::{
 };
 use serde_json::json;
 
-use super::args::Exit;
-use super::common::{
+use crate::cli::args::Exit;
+use crate::cli::common::{
     ChannelArgs, Timeouts, Usage, bytes, complain, failed_in, human_bytes, seconds, unix_path, uri_help,
 };
-use super::metrics::MetricsArgs;
-use super::output::{note, result_line};
-use super::progress::Progress;
-use super::qmp::{Plan, QmpArgs, Role, Subject};
-use super::remedies::{hint, in_words};
-use super::service;
-use super::signals::cancel_on_signal;
-use super::store::{IncomingGuest, State, Store};
-use super::tls::DestinationTlsArgs;
-use super::verify::in_json;
+use crate::cli::metrics::MetricsArgs;
+use crate::cli::output::{note, result_line};
+use crate::cli::progress::Progress;
+use crate::cli::qmp::{Plan, QmpArgs, Role, Subject};
+use crate::cli::remedies::{hint, in_words};
+use crate::cli::service;
+use crate::cli::signals::cancel_on_signal;
+use crate::cli::store::{IncomingGuest, State, Store};
+use crate::cli::tls::DestinationTlsArgs;
+use crate::cli::verify::in_json;
 
 /// Receives one migration, then stops listening. Success is reported to the source only after everything is on the
 /// disk.
@@ -50,6 +52,9 @@ use super::verify::in_json;
 
     # As a service that systemd starts at the first connection: the listening socket is descriptor 3 (see ramwire-receive@.socket)
     ramwire receive fd:3 --tls-dir /etc/ramwire/tls --dir guest
+
+    # Protect a running QEMU's guest by checkpoints (COLO: x-colo on there, x-checkpoint-delay 100), and end at `quit`
+    ramwire receive tcp:0.0.0.0:4444 --allow 10.0.0.0/8 --dir guest --colo --qmp unix:/run/guest.qmp
 
     # Read a stream that QEMU wrote with `migrate exec:cat>FILE`
     ramwire receive file:FILE --dir guest
@@ -73,6 +78,10 @@ pub(super) struct Args {
     /// type cpr. The folder gets a copy of that memory, made while the guest is paused
     #[arg(long, value_name = "unix:PATH", value_parser = unix_path, conflicts_with_all = ["ignore_shared", "channels"])]
     cpr: Option<PathBuf>,
+    /// Keep checkpoints of a QEMU that runs on (capability x-colo on, return-path off), until it is lost or the monitor
+    /// (--qmp) is told x-colo-lost-heartbeat: the folder then holds the guest as it was at the last checkpoint
+    #[arg(long, conflicts_with_all = ["ignore_shared", "channels", "cpr", "reconnect", "metrics"])]
+    colo: bool,
     /// Refuse a guest with more RAM than this
     #[arg(long, value_name = "SIZE", default_value = "64T", value_parser = bytes)]
     max_ram: u64,
@@ -169,6 +178,12 @@ pub(super) fn run(args: &Args) -> Exit {
 impl Args {
     /// Refuses options that don't go together.
     pub(super) fn check(&self) -> Result<(), Usage> {
+        if self.colo && !(self.uri.carries_answers() && matches!(self.uri.scheme(), "tcp" | "unix" | "fd")) {
+            return Err(Usage(format!(
+                "checkpoints (--colo) come by tcp:, unix: or fd:, not by {}",
+                self.uri
+            )));
+        }
         self.channels.options().map(drop)
     }
 }
@@ -185,7 +200,12 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let signals = cancel_on_signal(vec![cancel.clone()]);
     let canceller = Arc::new(OnceLock::<Canceller>::new());
     let (early, late) = (cancel.clone(), Arc::clone(&canceller));
+    let protects = args.colo.then(colo::Running::default);
+    let (standby, gives_up) = (protects.clone(), protects.clone());
     let cancels = move || match late.get() {
+        None if gives_up.as_ref().is_some_and(|running| running.get().is_some()) => {
+            gives_up.as_ref().map_or(CancelReply::Accepted, colo::give_up)
+        }
         Some(canceller) => canceller.cancel(),
         None => {
             early.cancel();
@@ -193,6 +213,10 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         }
     };
     let subject = Subject::new(Role::Destination, statistics.clone(), Plan::default(), cancels);
+    let subject = match standby {
+        Some(running) => subject.with_failover(move || colo::failover(&running)),
+        None => subject,
+    };
     // Dropped last: its clients receive the result.
     let _monitor = args.qmp.serve("receive", &Arc::new(subject))?;
     let mut allow = AllowList::default();
@@ -222,6 +246,10 @@ fn receive(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
         note!("listening on {address}");
     }
     service::ready(&format!("listening on {}", listener.address()));
+    if let Some(running) = protects {
+        let channel = listener.accept(&args.timeouts.stream_options(), &stop)?;
+        return colo::keep(args, &guest.in_checkpoints(), channel, &running, &signals);
+    }
     let mut options = ConnectionOptions::of_stream(args.timeouts.stream_options());
     options.channels = channels;
     let passed = args.cpr.as_deref().map(|path| passed_memory(path, &options.stream, &stop)).transpose()?;

@@ -36,6 +36,8 @@ struct Inner {
     source_waits: bool,
     /// The source gives the guest away with its last byte, and waits for no answer.
     unasked: bool,
+    /// Its device state has a length, which proves it complete: that of a checkpoint.
+    sized: bool,
     /// Blocks that the guest's next place maps as its last one does.
     shared: Vec<BlockName>,
 }
@@ -60,6 +62,7 @@ impl IncomingGuest {
             native: false,
             source_waits: false,
             unasked: false,
+            sized: false,
             shared: Vec::new(),
         };
         Ok(Self(Arc::new(Mutex::new(inner))))
@@ -69,6 +72,24 @@ impl IncomingGuest {
     pub fn sharing(self, blocks: &[BlockName]) -> Self {
         self.lock().shared = blocks.to_vec();
         self
+    }
+
+    /// It comes in checkpoints, whose device state has a length.
+    pub fn in_checkpoints(self) -> Self {
+        self.lock().sized = true;
+        self
+    }
+
+    /// Its source may run it: from [`resume`](GuestControl::resume) on the manifest states a doubt.
+    pub fn source_may_run(&self) {
+        self.lock().source_waits = true;
+    }
+
+    /// The state that the manifest has once the guest is here.
+    pub fn state(&self) -> State {
+        let inner = self.lock();
+        let state = inner.manifest.as_ref().map_or(State::Arriving, |manifest| manifest.state);
+        if inner.source_waits && state != State::Arriving { State::InDoubt } else { state }
     }
 
     /// A NIC will write the pages. Kernels refuse that in a disk's page cache, so RAM arrives in memory and is written to
@@ -252,8 +273,9 @@ impl Inner {
         self.store.put(EARLY, &self.early)?;
         self.store.put(TAIL, tail)?;
         if let Some(manifest) = &mut self.manifest {
-            // Between ramwire ends the state arrived with its length: no proof is needed that it is complete.
-            let complete = self.native || sections_end(tail, manifest.framing()).is_some();
+            // Between ramwire ends, and in checkpoints, the state arrived with its length: no proof is needed that it is
+            // complete.
+            let complete = self.native || self.sized || sections_end(tail, manifest.framing()).is_some();
             manifest.state = if complete { State::Whole } else { State::Incomplete };
             manifest.source = if self.native { "ramwire" } else { "qemu" }.into();
         }
