@@ -96,6 +96,15 @@ pub(crate) fn peers_present() -> bool {
     missing.is_empty()
 }
 
+/// True if QEMUs can run their guests by KVM; otherwise reports that the calling test is skipped, or fails it if `CI=true`.
+pub(crate) fn kvm_present() -> bool {
+    let opened = File::options().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &opened {
+        super::skip(&format!("/dev/kvm can't be opened: {error}"));
+    }
+    opened.is_ok()
+}
+
 /// Machine type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Machine {
@@ -132,13 +141,16 @@ pub(crate) struct Guest {
     pub(crate) ram_kib: usize,
     pub(crate) running: bool,
     pub(crate) incoming: bool,
+    /// By KVM and not by the emulator.
+    pub(crate) on_kvm: bool,
     pub(crate) extra: Vec<OsString>,
 }
 
 impl Guest {
     pub(crate) fn new(version: Version, machine: Machine, ram: impl Into<PathBuf>, ram_mib: usize) -> Self {
         let ram = ram.into();
-        Self { version, machine, ram, ram_kib: ram_mib << 10, running: false, incoming: false, extra: vec![] }
+        let (running, incoming, on_kvm) = (false, false, false);
+        Self { version, machine, ram, ram_kib: ram_mib << 10, running, incoming, on_kvm, extra: vec![] }
     }
 
     /// Starts a guest that waits for [`Qemu::listen`].
@@ -152,6 +164,12 @@ impl Guest {
         self
     }
 
+    /// For what does not work under the emulator; ask [`kvm_present`] first.
+    pub(crate) fn on_kvm(mut self) -> Self {
+        self.on_kvm = true;
+        self
+    }
+
     pub(crate) fn with<S: Into<OsString>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
         self.extra.extend(arguments.into_iter().map(Into::into));
         self
@@ -161,7 +179,8 @@ impl Guest {
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
         let size = format!("{}K", self.ram_kib);
-        add(&["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg", "-m", &size]);
+        let accel = if self.on_kvm { "kvm" } else { "tcg" };
+        add(&["-nodefaults", "-no-user-config", "-display", "none", "-accel", accel, "-m", &size]);
         add(&["-machine", &format!("{},memory-backend=m0", self.machine.name())]);
         let backend =
             format!("memory-backend-file,id=m0,size={size},mem-path={},share=on", self.ram.display());

@@ -34,12 +34,16 @@ fn program() -> Vec<u8> {
     code
 }
 
+/// Waits for ever, with interrupts off: memory stays as it is.
+fn waiting_program() -> Vec<u8> {
+    vec![0xfa, 0xf4, 0xeb, 0xfd] // cli; hlt; jmp to the hlt
+}
+
 /// The image, with its header first (Multiboot Specification 0.6.96, section 3.1).
-fn image() -> Vec<u8> {
+fn image(code: Vec<u8>) -> Vec<u8> {
     const MAGIC: u32 = 0x1bad_b002;
     const HAS_ADDRESSES: u32 = 1 << 16;
     const HEADER_BYTES: u32 = 32;
-    let code = program();
     let end = LOADED_AT + HEADER_BYTES + code.len() as u32;
     let checksum = 0u32.wrapping_sub(MAGIC).wrapping_sub(HAS_ADDRESSES);
     // Header, load, end of load, end of bss, entry.
@@ -50,8 +54,17 @@ fn image() -> Vec<u8> {
 
 /// A guest that boots it; with [`Guest::incoming`] its destination, which stays paused.
 pub(crate) fn guest(version: Version, machine: Machine, dir: &Path, name: &str) -> Guest {
+    booting(program(), version, machine, dir, name)
+}
+
+/// The same for a guest that writes nothing.
+pub(crate) fn waiting_guest(version: Version, machine: Machine, dir: &Path, name: &str) -> Guest {
+    booting(waiting_program(), version, machine, dir, name)
+}
+
+fn booting(code: Vec<u8>, version: Version, machine: Machine, dir: &Path, name: &str) -> Guest {
     let kernel = dir.join("scribbler");
-    fs::write(&kernel, image()).expect("cannot write the guest's program");
+    fs::write(&kernel, image(code)).expect("cannot write the guest's program");
     let ram = dir.join(format!("{name}.ram"));
     let file = File::create(&ram).expect("cannot create guest memory");
     file.set_len(RAM_KIB as u64 * 1024).expect("cannot size guest memory");
