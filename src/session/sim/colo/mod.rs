@@ -53,7 +53,6 @@ fn each_order_of_a_checkpoint_of_a_qemu_is_needed() {
         (CheckpointBreakage::ActivateHalfApplied, ["memory is of no moment"]),
         (CheckpointBreakage::StartTorn, ["memory is of no moment"]),
         (CheckpointBreakage::PlaceEarly, ["memory is of no moment"]),
-        (CheckpointBreakage::StateEarly, ["device state is of another moment"]),
         (CheckpointBreakage::WholeWithoutState, ["device state is of another moment"]),
         (CheckpointBreakage::ActivateOnLoss, ["both sides run"]),
         (CheckpointBreakage::StartFromNothing, ["starts from no checkpoint"]),

@@ -26,7 +26,6 @@ pub(super) struct Secondary {
     applied_parts: u64,
     pub(super) is_torn: bool,
     pub(super) runs: bool,
-    pub(super) lives: bool,
     pub(super) ending: Option<StandbyEnding>,
     breakage: CheckpointBreakage,
 }
@@ -56,7 +55,6 @@ impl Secondary {
             applied_parts: 0,
             is_torn: false,
             runs: false,
-            lives: true,
             ending: None,
             breakage,
         }
