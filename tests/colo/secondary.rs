@@ -21,11 +21,11 @@ use serde_json::{Value, json};
 use crate::common::{
     Deadline,
     memory::Random,
-    qemu::{Machine, Version},
+    qemu::{Machine, Version, peers_present},
     ramwire::Ramwire,
     scratch, scribbler,
 };
-use crate::{can_run, capabilities, manifest};
+use crate::{capabilities, manifest};
 
 const CHECKPOINTS: u64 = 100;
 /// Pages of the guest that its program does not use, from 4 MiB on.
@@ -95,13 +95,10 @@ impl CheckpointObserver for Watch {
     }
 }
 
-/// Under KVM this device writes into the guest's BIOS when its state is loaded.
-const WITHOUT_VAPIC: [&str; 2] = ["-global", "kvm-apic.vapic=off"];
-
 /// A folder with the guest of a QEMU of this version that waits with interrupts off.
 fn folder(version: Version, dir: &Path) {
-    let source = scribbler::waiting_guest(version, Machine::Pc, dir, "source").with(WITHOUT_VAPIC);
-    let mut source = source.running().on_kvm().start(dir, "source");
+    let source = scribbler::waiting_guest(version, Machine::Pc, dir, "source");
+    let mut source = source.running().start(dir, "source");
     // Its program runs: the firmware has loaded it.
     let ram = source.ram.clone();
     Deadline::seconds(60).poll(
@@ -122,15 +119,15 @@ fn folder(version: Version, dir: &Path) {
 }
 
 fn a_qemu_keeps_checkpoints(version: Version) {
-    if !can_run() {
+    if !peers_present() {
         return;
     }
     let dir = scratch();
     let dir = dir.path();
     folder(version, dir);
     let guest = Stored::of(dir);
-    let secondary = scribbler::waiting_guest(version, Machine::Pc, dir, "secondary").with(WITHOUT_VAPIC);
-    let mut secondary = secondary.incoming().on_kvm().start(dir, "secondary");
+    let secondary = scribbler::waiting_guest(version, Machine::Pc, dir, "secondary");
+    let mut secondary = secondary.incoming().start(dir, "secondary");
     secondary.set_capabilities(capabilities(version));
     let uri = secondary.listen_tcp();
     let socket = TcpStream::connect(uri.strip_prefix("tcp:").unwrap()).unwrap();

@@ -81,6 +81,18 @@ pub(crate) fn count(ram: &PathBuf) -> u32 {
     u32::from_le_bytes(word)
 }
 
+/// The counters of all its pages, in the order in which it counts: at any moment the first ones are ahead by one, and only
+/// if memory and processor are of the same moment it stays so.
+pub(crate) fn counters(ram: &Path) -> Vec<u32> {
+    let file = File::open(ram).expect("cannot open guest memory");
+    let word = |page: u32| {
+        let mut word = [0; 4];
+        file.read_exact_at(&mut word, u64::from(PAGES_AT + page * 4096)).expect("cannot read guest memory");
+        u32::from_le_bytes(word)
+    };
+    (0..PAGES).map(word).collect()
+}
+
 /// Waits until it writes (on).
 pub(crate) fn wait_until_it_writes(ram: &PathBuf, deadline: Deadline) {
     let before = count(ram);

@@ -54,8 +54,8 @@ impl StandbySession {
     }
 
     /// Keeps the guest of the QEMU at the other end of `channel`, whose capability x-colo is on and `return-path` off
-    /// (COLO). Its first migration is checkpoint 1. The device state is as QEMU writes it: of later checkpoints FULL
-    /// sections and an end of file, without a VM description.
+    /// (COLO). Its first migration is checkpoint 1. The device state is as QEMU writes it: FULL sections, an end of
+    /// file, and the VM description of the first migration, if it fits.
     ///
     /// QEMU has no lease, and no message that says that its guest was taken: [`activate`](StandbyHandle::activate) only
     /// closes the connection.

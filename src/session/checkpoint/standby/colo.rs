@@ -16,6 +16,7 @@ use crate::stream::qemu::colo::{ColoEvent, ColoMessage, ColoStep, ColoStream};
 use crate::stream::qemu::command::Command;
 use crate::stream::qemu::file::{Configuration, IGNORE_SHARED};
 use crate::stream::qemu::incoming::{Event, IncomingConfig, SectionKind, Seen};
+use crate::stream::qemu::state::sections_end;
 use crate::stream::qemu::tail::Tail;
 use crate::units::{BlockIndex, BlockOffset, PageIndex};
 
@@ -50,6 +51,8 @@ pub(in crate::session) struct ColoIntake {
     number: u64,
     /// Device state that arrives.
     state: Vec<u8>,
+    /// The VM description of the first migration.
+    description: Vec<u8>,
     #[cfg(test)]
     whole_without_state: bool,
 }
@@ -68,6 +71,7 @@ impl ColoIntake {
             max_state,
             number: 1,
             state: Vec::new(),
+            description: Vec::new(),
             #[cfg(test)]
             whole_without_state: false,
         }
@@ -165,12 +169,16 @@ impl ColoIntake {
         if let Some(incoming) = &mut self.incoming {
             (incoming.seen, incoming.early_sections) = (seen, early);
         }
-        self.stream.items().tail().bytes().to_vec()
+        let tail = self.stream.items().tail();
+        let behind = tail.description().and_then(|end| tail.bytes().get(end.eof_at + 1..));
+        self.description = behind.unwrap_or_default().to_vec();
+        tail.bytes().to_vec()
     }
 
-    /// The device state of a checkpoint has a length, and must have an end as well: it is read by others.
+    /// The device state of a checkpoint has a length, and must have an end as well: it is read by others. A QEMU that reads
+    /// it waits for a VM description behind it, and gets that of the same devices in the first migration.
     fn device_state(&mut self) -> Result<Vec<u8>, Error> {
-        let state = std::mem::take(&mut self.state);
+        let mut state = std::mem::take(&mut self.state);
         let mut tail = Tail::new(self.stream.items().seen().framing);
         let limit = usize::try_from(self.max_state).unwrap_or(usize::MAX);
         let taken =
@@ -178,6 +186,12 @@ impl ColoIntake {
         if taken != state.len() || !tail.may_end_here() {
             let what = format!("{} bytes of device state that are no sections with an end", state.len());
             return Err(out_of_turn(&what, KEEPING));
+        }
+        let end = state.len() - 1;
+        state.extend_from_slice(&self.description);
+        if sections_end(&state, self.stream.items().seen().framing) != Some(end) {
+            tracing::debug!("the VM description does not fit the device state any more");
+            state.truncate(end + 1);
         }
         Ok(state)
     }
