@@ -176,7 +176,8 @@ fn goes_on(version: Version, dir: &Path, more: &[&str]) {
     let main = blocks.iter().find(|block| block["name"] == "m0").expect("block m0");
     let stored = dir.join("guest").join(main["file"].as_str().unwrap());
     let before = assert_one_moment(&stored, "the folder");
-    let mut next = scribbler::guest(version, Machine::Pc, dir, "next").incoming().on_kvm().start(dir, "next");
+    let next = scribbler::guest(version, Machine::Pc, dir, "next").running().incoming().on_kvm();
+    let mut next = next.start(dir, "next");
     send_on(&mut next, dir, more);
     next.wait_status("running", Deadline::seconds(20));
     let ram = next.ram.clone();
