@@ -154,7 +154,7 @@ fn a_qemu_keeps_checkpoints(version: Version) {
         assert_eq!(safe, number);
         if number < CHECKPOINTS {
             for _ in 0..200 {
-                let word = if random.draw() % 4 == 0 { 0 } else { random.draw() };
+                let word = if random.draw().is_multiple_of(4) { 0 } else { random.draw() };
                 guest.write(FIRST + random.draw() % PAGES, word);
             }
             session.checkpoint();

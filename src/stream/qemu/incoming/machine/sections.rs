@@ -86,7 +86,8 @@ impl IncomingStream {
     }
 
     fn full<'a>(&mut self, name: SectionName<'a>, used: usize) -> Advance<'a> {
-        let started = self.seen.barrier_in_start.is_some() && !self.reached.postcopy && !self.reached.checkpoint;
+        let started =
+            self.seen.barrier_in_start.is_some() && !self.reached.postcopy && !self.reached.checkpoint;
         if started && !self.reached.pages_began && is_early_virtio_mem(name.idstr) {
             return Ok(self.open(Phase::Full, name.id, SectionKind::EarlyVirtioMem, used));
         }
