@@ -1,6 +1,7 @@
 //! The source's session: does what the engine decides, on one thread.
 
 mod sending;
+mod standby_link;
 mod to_qemu;
 mod to_ramwire;
 
@@ -29,6 +30,7 @@ use crate::session::{Error, SourceGuest};
 use crate::stream::checkpoints::StandbyMessage;
 use crate::sys::{Stop, since_boot};
 use crate::transport::StreamChannel;
+use standby_link::Standby;
 
 /// A guest that is to be protected by a standby ([`StandbySession`](crate::session::StandbySession)).
 pub struct CheckpointSession {
@@ -161,42 +163,6 @@ impl Drop for CheckpointHandle {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-/// What is said to a standby, and what it answers. All but [`greet`](Self::greet) and [`open`](Self::open) wait only for
-/// the connection.
-trait Standby: Send {
-    /// Says what guest it is, and waits for memory; returns an answer that says something else.
-    fn greet(&mut self, memory: &dyn GuestMemory, limit: &Limit) -> Result<Option<StandbyMessage>, Error>;
-
-    /// A checkpoint begins.
-    fn open(&mut self, number: u64, limit: &Limit) -> Result<(), Error>;
-
-    /// Pages of it.
-    fn pages(&mut self, memory: &dyn GuestMemory, batch: &PageBatch, limit: &Limit) -> Result<(), Error>;
-
-    /// Its device state, behind its last page.
-    fn state(&mut self, number: u64, state: &[u8], limit: &Limit) -> Result<(), Error>;
-
-    /// All of it has been sent.
-    fn close(&mut self, number: u64, pages: u64, limit: &Limit) -> Result<(), Error>;
-
-    /// Asks for a lease.
-    fn renew(&mut self, number: u64, time: Duration, limit: &Limit) -> Result<(), Error>;
-
-    /// The protection ends.
-    fn release(&mut self, limit: &Limit) -> Result<(), Error>;
-
-    /// The next answer; `None` if the wait was stopped.
-    fn next(&mut self, stop: &Stop) -> Result<Option<StandbyMessage>, Error>;
-
-    /// No answer can come, or none is waited for any more.
-    fn is_silent(&self) -> bool;
-
-    fn forget_answers(&mut self);
-
-    /// Bytes sent.
-    fn position(&self) -> u64;
 }
 
 /// The pages that are dirty.

@@ -5,6 +5,7 @@
 //! request needs nothing but the return path: it waits for no batch and for no page that is being placed.
 
 mod loading;
+mod shared;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,8 @@ use crate::sys::{CancelToken, Lock as _, MissingFaults, Stop};
 use crate::transport::{ByteSink, ChannelError};
 
 use self::loading::{NotStarted, load_and_run};
+pub use self::shared::MissingPages;
+pub(super) use self::shared::{ACK_CHECK_INTERVAL, Shared};
 use super::DestinationSession;
 use super::owner::Owner;
 use super::preempt::{Preempt, UrgentPages};
@@ -41,190 +44,6 @@ use crate::session::workers::Spawner;
 
 /// Interval between two checks whether the last pages have arrived.
 const EXPECTED_CHECK_INTERVAL: Duration = Duration::from_micros(500);
-
-/// Between two checks whether the source's host has acknowledged an answer.
-pub(super) const ACK_CHECK_INTERVAL: Duration = Duration::from_micros(200);
-
-/// Figures of the faults at missing pages.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct MissingPages {
-    /// Faults that were reported: threads that had to wait for a page.
-    pub faults: u64,
-    /// Requests that were sent for them.
-    pub requests: u64,
-    /// From the first fault at a page to the page in place.
-    pub latency: LatencySummary,
-    /// How long threads waited, and the vCPUs among them
-    /// ([`DestinationSettings::vcpu_threads`](crate::session::DestinationSettings::vcpu_threads)).
-    pub waits: PageWaits,
-    /// Target pages that arrived on the source's connection for urgent pages (QEMU: postcopy-preempt).
-    pub preempt_pages: u64,
-    /// From the package's last byte until the guest was started.
-    pub time_to_run: Duration,
-}
-
-/// What the threads of a postcopy share.
-pub(super) struct Shared {
-    pub(super) placer: Arc<Placer>,
-    faults: Arc<MissingFaults>,
-    pager: Arc<Mutex<Pager>>,
-    vcpus: VcpuThreads,
-    pub(super) back: ReturnPathWriter,
-    pub(super) began: Instant,
-    pub(super) send_timeout: Duration,
-    pub(super) owner: Owner,
-    /// A ramwire: it keeps its guest paused until it has our answer.
-    native: bool,
-    /// The answer by which the source hands over its guest was sent, on whichever connection.
-    answered: AtomicBool,
-    /// The device state could not be loaded, or the guest not started.
-    load_failed: AtomicBool,
-    /// The guest was not started only because it had been given up: the reason for that is the cause of all.
-    gave_way: AtomicBool,
-    /// Raised at the end of all.
-    over: CancelToken,
-    /// Raised when the present connection is of no more use.
-    connection: Mutex<CancelToken>,
-    failure: Mutex<Option<Error>>,
-    statistics: SharedStatistics,
-}
-
-impl Shared {
-    pub(super) fn pager(&self) -> MutexGuard<'_, Pager> {
-        self.pager.locked()
-    }
-
-    fn now(&self) -> Duration {
-        self.began.elapsed()
-    }
-
-    /// What no other connection mends.
-    fn fail(&self, error: Error) {
-        self.failure.locked().get_or_insert(error);
-        self.lose_connection();
-    }
-
-    pub(super) fn lose_connection(&self) {
-        self.connection.locked().cancel();
-    }
-
-    /// Ends waits on the present connection.
-    pub(super) fn stop(&self) -> Stop {
-        Stop::on(&self.connection.locked())
-    }
-
-    /// Waits until the source's host has the answer that makes the guest ours: without it that source resumes its
-    /// guest.
-    fn delivered(&self, value: u32, stop: &Stop) -> Result<(), ChannelError> {
-        let stop = stop.within(self.send_timeout);
-        while value == PING_TAKEN
-            && self.back.unacknowledged() > 0
-            && stop.sleep(ACK_CHECK_INTERVAL).is_none()
-        {}
-        // A connection that was dropped has no bytes that are not acknowledged.
-        match stop.reason().filter(|_| value == PING_TAKEN) {
-            Some(reason) => {
-                Err(ChannelError::Stopped { reason, doing: "waiting until the source has our answer" })
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// True if the device state could not be loaded, or the guest not started.
-    pub(super) fn load_has_failed(&self) -> bool {
-        self.load_failed.load(Ordering::Acquire)
-    }
-
-    /// True if a loss does not end the migration; see [`Ownership::lost`].
-    pub(super) fn survives_disconnect(&self, another: bool) -> bool {
-        !self.load_has_failed() && self.owner.step(|owner| owner.lost(another, !self.native))
-    }
-
-    /// A source that continues on another connection has not its guest: sends it the answer to the package again,
-    /// which may have been lost. Before the device state is loaded there is none, and the guest is not ours.
-    ///
-    /// # Errors
-    /// The connection is lost. The guest was given up.
-    pub(super) fn answer_again(&self, stop: &Stop) -> Result<(), Error> {
-        if self.native && !self.answered.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        if self.native {
-            self.back.message(Message::Pong(PING_TAKEN), stop)?;
-        }
-        match self.owner.step(Ownership::proven) {
-            true => Ok(()),
-            false => Err(out_of_turn("RESUME", "a postcopy that was given up")),
-        }
-    }
-
-    /// Another connection is there.
-    pub(super) fn reconnected(&self, back: Box<dyn ByteSink>) {
-        *self.connection.locked() = CancelToken::default();
-        self.back.replace(Some(back));
-    }
-
-    /// Where urgent pages go on the present connections.
-    pub(super) fn urgent_pages(self: &Arc<Self>) -> UrgentPages {
-        let lost = Arc::clone(self);
-        let lose = Arc::new(move |_| lost.lose_connection());
-        UrgentPages { placer: Arc::clone(&self.placer), stop: self.stop(), lose }
-    }
-
-    /// True if another connection would be of no use.
-    pub(super) fn has_failed(&self) -> bool {
-        self.failure.locked().is_some()
-    }
-
-    /// Serves faults until all is over.
-    fn serve_faults(&self) {
-        // Version of the list of vCPUs that the pager knows.
-        let (stop, mut known) = (Stop::on(&self.over), 0);
-        while let Ok(None) = stop.wait(self.faults.as_fd(), PollFlags::IN) {
-            if let Err(error) = self.serve_all(&mut known) {
-                self.fail(error);
-                return;
-            }
-        }
-    }
-
-    fn serve_all(&self, known: &mut u64) -> Result<(), Error> {
-        let reading = |source: io::Error| Error::Control { what: "read the faults of missing pages", source };
-        while let Some(fault) = self.faults.next().map_err(reading)? {
-            let Some(landing) = self.placer.host_page_at(fault.at) else { continue };
-            let who = Waiter { thread: fault.thread, vcpu: self.vcpus.vcpu_of(fault.thread) };
-            let answer = {
-                let (mut pager, now) = (self.pager(), self.now());
-                if let Some(vcpus) = self.vcpus.changed(known) {
-                    pager.know(now, vcpus);
-                }
-                pager.fault(now, host_page(landing), who, || self.placer.has_all(landing))
-            };
-            match answer {
-                FaultAnswer::Received => self.placer.answer_received(landing)?,
-                FaultAnswer::Wait => {}
-                FaultAnswer::Ask => self.ask(landing),
-            }
-        }
-        Ok(())
-    }
-
-    /// A request that can't be sent stays outstanding: it is sent on the next connection. That one may be there by the
-    /// time that the failure is noticed here, and must not be dropped.
-    fn ask(&self, landing: Landing) {
-        let connection = self.connection.locked().clone();
-        let stop = Stop::on(&connection).within(self.send_timeout);
-        if let Err(error) = self.back.ask(&self.placer, landing, &stop) {
-            tracing::warn!(%error, "a missing page could not be asked for");
-            connection.cancel();
-        }
-    }
-}
-
-fn host_page(landing: Landing) -> HostPage {
-    HostPage { block: landing.block(), offset: landing.offset().0 }
-}
 
 /// The guest's control, returned by the thread that used it.
 type Loaded = (Box<dyn GuestControl>, Result<(), Error>);

@@ -15,6 +15,7 @@ mod passing;
 mod peer;
 mod postcopy;
 mod rates;
+mod received;
 mod recovery;
 mod redial;
 mod release;

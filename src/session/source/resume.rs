@@ -26,7 +26,7 @@ use crate::units::PageIndex;
 
 use super::SourceSession;
 use super::peer::refuse_verdict;
-use super::recovery::bit_runs;
+use super::received::bit_runs;
 use super::return_path::{PeerMessage, check_deadline};
 use crate::session::callback::named;
 use crate::session::{Breakage, Error};

@@ -22,7 +22,7 @@ pub struct SourceConfig {
     /// Maximum number of RAM blocks: the destination's table of them must fit a buffer that is allocated before they
     /// are known. Up to 1024 blocks need no larger buffer.
     pub most_blocks: usize,
-    /// Keep the time each signalled write took, for [`SourceHooks::drain_latencies`].
+    /// Keep the time each signalled write took, for [`SourceHooks::drain_latencies`](super::SourceHooks::drain_latencies).
     pub record_latencies: bool,
 }
 

@@ -1,5 +1,7 @@
 //! The two sides of the relay, a step at a time.
 
+mod held;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -8,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use self::held::{Holding, Steps};
 use super::ends::Item;
 use super::plan::FarKind;
 use super::postcopy::{RelayPost, bit};
@@ -17,7 +20,7 @@ use crate::guest::DirtySource;
 use crate::ram::{BlockName, PageBitmap, PageRun, RamBlock, RamBlockTable};
 use crate::session::relay::forward::ForwardedPages;
 use crate::session::relay::hub::{Hub, Parts};
-use crate::session::{Breakage, CancelReply, Clock, Guard, Held, Spawner};
+use crate::session::{Breakage, CancelReply, Spawner};
 use crate::sys::CancelToken;
 use crate::units::{BlockIndex, PageIndex, PageSize};
 
@@ -25,32 +28,6 @@ use crate::units::{BlockIndex, PageIndex, PageSize};
 const PAGE_BYTES: u64 = 1 << 20;
 /// Steps for which the far end may be silent after COMMIT.
 pub(super) const FINISH_STEPS: u64 = 100;
-
-/// A millisecond a step.
-struct Steps(Arc<AtomicU64>);
-
-impl Clock for Steps {
-    fn now(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::Relaxed))
-    }
-}
-
-/// Another process, which holds the passed connections.
-struct Holding {
-    source: Arc<AtomicBool>,
-    urgent: Arc<AtomicBool>,
-}
-
-impl Guard for Holding {
-    fn hold(&mut self, held: &Held<'_>) -> io::Result<()> {
-        self.source.store(true, Ordering::Relaxed);
-        self.urgent.store(!held.urgent.is_empty(), Ordering::Relaxed);
-        Ok(())
-    }
-    fn release(&mut self) {
-        self.source.store(false, Ordering::Relaxed);
-    }
-}
 
 /// State of the side towards the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

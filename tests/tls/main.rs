@@ -1,7 +1,10 @@
 //! Encrypted streams: with QEMUs, and against peers that must not be accepted.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod postcopy;
+mod relays;
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -141,94 +144,6 @@ fn page_channels_are_encrypted_each_from_every_qemu_and_to_it() {
         for version in Version::ALL {
             there_and_back(version, 2, version == Version::Newest);
         }
-    }
-}
-
-/// QEMU -> relay -> QEMU. The far end is told in the clear, or the source is, or neither.
-fn relayed(version: Version, channels: u8, encrypted: [bool; 2]) {
-    let what = format!("{version}, {channels} channels, TLS: {encrypted:?}");
-    let dir = scratch();
-    let path = |name: &str| dir.path().join(name);
-    let (sent, arrived) = (path("sent"), path("arrived"));
-    // Each side has an authority of its own.
-    let [near, far] = ["near", "far"].map(|name| Authority::new(name).folder(path(name)));
-    fill(&sent, MIB, Pattern::Mixed { seed: 7 });
-    fill(&arrived, MIB, Pattern::Zero);
-    let guest = |name: &PathBuf| Guest::new(version, Machine::Q35, name, MIB);
-    let (mut source, mut destination) = (
-        if encrypted[0] {
-            encrypting(guest(&sent), dir.path(), &near)
-        } else {
-            guest(&sent).start(dir.path(), "source")
-        },
-        if encrypted[1] {
-            encrypting(guest(&arrived).incoming(), dir.path(), &far)
-        } else {
-            guest(&arrived).incoming().start(dir.path(), "destination")
-        },
-    );
-    source.set_capabilities(&["return-path"]);
-    multifd(&mut source, channels);
-    multifd(&mut destination, channels);
-    let (near, far) =
-        (format!("--listen-tls-dir={}", near.display()), format!("--tls-dir={}", far.display()));
-    let (listens, sends) = (format!("--listen-channels={channels}"), format!("--channels={channels}"));
-    let mut relay = vec!["relay", "--json", "--listen=tcp:127.0.0.1:0", &listens, &sends];
-    relay.extend(encrypted[0].then_some([near.as_str(), "--listen-tls-authz=client"]).into_iter().flatten());
-    relay.extend(encrypted[1].then_some(far.as_str()));
-    relay.push("--connect");
-    let mut relay = Ramwire::start(dir.path(), &relay, destination.listen_tcp());
-    source.migrate(&relay.listening());
-    source.wait_completed(Deadline::seconds(90));
-    destination.wait_completed(Deadline::seconds(10));
-    let report = relay.finished(Deadline::seconds(30), 0);
-    assert_eq!(report["completed"], true, "{what}: {report}\n{}", relay.errors());
-    assert_eq!(source.status(), "postmigrate", "{what}");
-    compare(&sent, &arrived).unwrap_or_else(|d| panic!("{what}: at the destination: {d:?}"));
-}
-
-#[test]
-fn a_relay_is_encrypted_on_both_sides_or_on_one_between_every_qemu() {
-    if peers_present() {
-        for version in Version::ALL {
-            relayed(version, 0, [true, true]);
-        }
-        relayed(Version::Qemu100, 2, [true, true]);
-        relayed(Version::Qemu100, 0, [true, false]);
-        relayed(Version::Qemu100, 0, [false, true]);
-    }
-}
-
-/// Before the first page; the guest runs on at its source.
-#[test]
-fn a_relay_with_tls_refuses_a_source_that_may_switch_to_postcopy() {
-    if !peers_present() {
-        return;
-    }
-    for near in [false, true] {
-        let dir = scratch();
-        let path = |name: &str| dir.path().join(name);
-        let certificates = Authority::new("the authority").folder(path("certificates"));
-        [path("sent"), path("arrived")].iter().for_each(|ram| fill(ram, MIB, Pattern::Zero));
-        let guest = |name| Guest::new(Version::Qemu100, Machine::Q35, path(name), MIB);
-        let (mut source, mut destination) = if near {
-            let source = encrypting(guest("sent").running(), dir.path(), &certificates);
-            (source, guest("arrived").incoming().start(dir.path(), "destination"))
-        } else {
-            let destination = encrypting(guest("arrived").incoming(), dir.path(), &certificates);
-            (guest("sent").running().start(dir.path(), "source"), destination)
-        };
-        for qemu in [&mut source, &mut destination] {
-            qemu.set_capabilities(&["postcopy-ram"]);
-        }
-        let tls = format!("--{}tls-dir={}", if near { "listen-" } else { "" }, certificates.display());
-        let relay = ["relay", "--listen=tcp:127.0.0.1:0", &tls, "--connect"];
-        let mut relay = Ramwire::start(dir.path(), &relay, destination.listen_tcp());
-        source.migrate(&relay.listening());
-        let said = relay.failed(Deadline::seconds(60), 3);
-        assert!(said.contains("with TLS on either side; turn postcopy-ram off"), "{said}");
-        assert_eq!(source.wait_migration(Deadline::seconds(60))["status"], "failed");
-        assert_eq!(source.status(), "running");
     }
 }
 
@@ -512,80 +427,4 @@ fn what_could_travel_in_clear_is_refused_where_tls_is_required_and_told_where_no
     assert_eq!(receiver.finished(Deadline::seconds(60), 0)["arrived"], true);
     assert_eq!(sender.errors().matches(told).count(), 1, "{}", sender.errors());
     assert!(!receiver.errors().contains(told), "{}", receiver.errors());
-}
-
-/// The guest starts immediately, with its urgent pages on an encrypted connection of their own. Or the connection is
-/// lost once, and the source opens another.
-#[test]
-fn a_postcopy_goes_encrypted_with_urgent_pages_apart_or_over_another_connection() {
-    if !peers_present() {
-        return;
-    }
-    let dir = scratch();
-    let path = |name: &str| dir.path().join(name);
-    let certificates = Authority::new("the authority").folder(path("certificates"));
-    let tls = format!("--tls-dir={}", certificates.display());
-    let (sent, folder) = (path("sent"), path("guest"));
-    fill(&sent, 16, Pattern::Mixed { seed: 11 });
-    let receive = ["receive", "tcp:127.0.0.1:0", "--json", &tls, "--dir"];
-    let mut receiver = Ramwire::start(dir.path(), &receive, &folder);
-    let guest = Guest::new(Version::Qemu72, Machine::PcI440fx72, &sent, 16);
-    let mut source = encrypting(guest, dir.path(), &certificates);
-    source.migrate(&receiver.listening());
-    source.wait_completed(Deadline::seconds(60));
-    receiver.finished(Deadline::seconds(60), 0);
-    source.kill();
-    for (version, preempt, lost) in [
-        (Version::Qemu72, true, false),
-        (Version::Qemu72, false, false),
-        (Version::Qemu100, false, true),
-        (Version::Newest, true, false),
-    ] {
-        let what = format!("to {version}, preempt: {preempt}");
-        let arrived = path("arrived");
-        fill(&arrived, 16, Pattern::Random { seed: 3 });
-        let guest = Guest::new(version, Machine::PcI440fx72, &arrived, 16).incoming();
-        let mut destination = encrypting(guest, dir.path(), &certificates);
-        destination.set_capabilities(if preempt {
-            &["postcopy-ram", "postcopy-preempt"]
-        } else {
-            &["postcopy-ram"]
-        });
-        let uri = destination.listen_tcp();
-        let mut send = vec!["send", &uri, "--json", "--again", "--postcopy", &tls];
-        if preempt {
-            // The machine's version is 7.2, which is the style for every QEMU; a later QEMU also gets its own style.
-            send.extend(["--postcopy-preempt", "--peer", version.peer()]);
-        }
-        if lost {
-            send.extend(["--max-postcopy-bandwidth=4M", "--reconnect=100"]);
-        }
-        send.push("--dir");
-        let mut sender = Ramwire::start(dir.path(), &send, &folder);
-        if lost {
-            lose_and_recover(&mut destination, &uri, &what);
-        }
-        let report = sender.finished(Deadline::seconds(120), 0);
-        assert_eq!(report["status"], "completed", "{what}: {report}");
-        destination.wait_completed(Deadline::seconds(20));
-        compare(&sent, &arrived).unwrap_or_else(|d| panic!("{what}: {d:?}"));
-        destination.kill();
-    }
-}
-
-/// Breaks the connection once, and makes the QEMU listen again.
-fn lose_and_recover(qemu: &mut Qemu, uri: &str, what: &str) {
-    let deadline = Deadline::seconds(100);
-    loop {
-        let info = qemu.query_migrate();
-        let is_lost = qemu.stderr().contains("Migration paused");
-        match info["status"].as_str() {
-            Some("postcopy-active") if is_lost => return,
-            Some("postcopy-active") => drop(qemu.try_execute("migrate-pause", json!({}))),
-            Some("postcopy-paused") => drop(qemu.try_execute("migrate-recover", json!({"uri": uri}))),
-            _ => {}
-        }
-        assert!(!deadline.is_over(), "{what}: {info}\n{}", qemu.stderr());
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
 }
