@@ -90,8 +90,9 @@ pub(super) struct Args {
     qmp: QmpArgs,
     /// Pages that a thread waits for after a switch to postcopy travel on connections of their own, from the source and to
     /// the far end (QEMU: capability postcopy-preempt at both ends). Nothing shows whether a QEMU at the far end has it:
-    /// without it the guest there never gets what it waits for
-    #[arg(long)]
+    /// without it the guest there never gets what it waits for. Not with --listen-tls-dir: a source that waits for the
+    /// handshake of its second connection would wait for ever
+    #[arg(long, conflicts_with = "listen_tls_dir")]
     postcopy_preempt: bool,
     /// A postcopy that was paused goes on through here, after the relay or a connection was lost: what both ends say to
     /// each other is passed on unchanged, urgent pages too. `migrate-recover` at the far end, then at the source `migrate`
