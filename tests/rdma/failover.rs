@@ -19,7 +19,7 @@ fn run(command: &[&str]) -> bool {
 }
 
 /// The device is there again when this is dropped.
-pub(crate) struct Restored;
+struct Restored;
 
 impl Drop for Restored {
     fn drop(&mut self) {

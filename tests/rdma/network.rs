@@ -64,11 +64,6 @@ impl Network {
         made
     }
 
-    /// Starts to take the device of one end away: the kernel may wait until nobody uses it.
-    pub(crate) fn remove(&self, end: End) -> std::process::Child {
-        Command::new("rdma").args(["link", "delete", &format!("rxe{}", end.interface())]).spawn().unwrap()
-    }
-
     /// The link of one end goes down.
     pub(crate) fn down(&self, end: End) {
         run(&format!("ip link set {} down", end.interface()));

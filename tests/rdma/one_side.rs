@@ -1,8 +1,5 @@
-//! A device or a link that is lost at one end, and a network that swallows everything for a while: guests that write go
-//! on over TCP, each from where it was.
+//! A network that swallows everything, at COMMIT of a migration by RDMA and for a while under one by TCP.
 
-use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -22,7 +19,7 @@ use ramwire::transport::{Address, AllowList, Listener, RdmaOptions, StreamOption
 use ramwire::units::{PageSize, Rate};
 use rdma_hooks::tap::{Posting, Tapped};
 use rdma_hooks::verbs::VerbsFabric;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::common::{
     Deadline,
@@ -30,74 +27,15 @@ use crate::common::{
     ramwire::Ramwire,
     scratch,
 };
-use crate::failover::Restored;
 use crate::memory_file;
 use crate::network::{End, FAR, Network};
 
-/// Bytes a second of guests that move at the same time: one loss meets each of them at another moment.
-const RATES: [u64; 5] = [900 << 10, 1200 << 10, 1700 << 10, 2500 << 10, 4 << 20];
 const RAM: u64 = 6 << 20;
 
-/// First bytes of COMMIT, and RUNNING.
+/// First bytes of COMMIT.
 const COMMIT: &[u8] = &[8, 0x52, 4, 0, 16];
-const RUNNING: &[u8] = &[0x52, 3, 0, 0];
 
-// --- a device is removed ----------------------------------------------------------------------------------------------
-
-/// True once pages travel.
-fn travels(log: &std::path::Path) -> bool {
-    let text = std::fs::read_to_string(log).unwrap_or_default();
-    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let mut sent = lines.filter_map(|line| line["pages"]["normal"].as_u64());
-    sent.any(|pages| pages > 20)
-}
-
-/// The report of a guest that was moved by `ramwire demo`: it has checked itself where it arrived.
-fn arrived_whole(report: &Value) -> bool {
-    assert_eq!((&report["verified"], &report["pages_wrong"]), (&json!(true), &json!(0)), "{report}");
-    let lost = &report["lost"];
-    println!("{lost}");
-    let again = lost["pages_again"].as_u64().unwrap();
-    assert!(again <= RAM / 4096 && lost["bytes_again"] == json!(again * 4096), "{lost}");
-    lost["count"].as_u64().unwrap() > 0
-}
-
-/// Of two devices the one at the source, and then the one at the destination, is removed while guests move.
-#[test]
-#[ignore = "runs in ci/rxe-guest"]
-fn in_rxe_guest_guests_go_on_over_tcp_when_the_device_of_one_end_is_removed() {
-    // The demo takes the first device.
-    let _restored = Restored;
-    assert!(Command::new("rdma").args(["link", "delete", "rxe0"]).status().unwrap().success());
-    for end in [End::Near, End::Far] {
-        let (network, dir) = (Network::new(), scratch());
-        let logs = RATES.map(|rate| dir.path().join(format!("log-{rate}")));
-        let mut demos: Vec<_> = RATES
-            .iter()
-            .zip(&logs)
-            .map(|(rate, log)| {
-                let rate = rate.to_string();
-                let limits = ["--max-bandwidth", &rate, "--timeout", "60", "--timeout-action", "finish"];
-                let guest = ["--working-set", "1M", "--dirty-rate", "300K", "--ram", "6M", "--json"];
-                let way = ["demo", "--transport", "rdma", "--verify", "fast"];
-                Ramwire::start(dir.path(), &[&way[..], &limits, &guest, &["--run-log"]].concat(), log)
-            })
-            .collect();
-        let told = || demos.iter().map(Ramwire::errors).collect::<String>();
-        let all_travel = || logs.iter().all(|log| travels(log)).then_some(());
-        Deadline::seconds(60).poll("pages travel", told, all_travel);
-        let mut removal = network.remove(end);
-        let lost = demos.iter_mut().map(|demo| arrived_whole(&demo.finished(Deadline::seconds(60), 0)));
-        let lost = lost.filter(|lost| *lost).count();
-        println!("{end:?}: {lost} of {} migrations lost their device", RATES.len());
-        assert!(lost >= RATES.len() - 1, "{end:?}: {lost}");
-        let removed = || removal.try_wait().unwrap();
-        let status = Deadline::seconds(60).poll("rdma link delete: end", String::new, removed);
-        assert!(status.success(), "{status}");
-    }
-}
-
-// --- a link goes down, at an exact moment -----------------------------------------------------------------------------
+// --- at an exact moment -----------------------------------------------------------------------------
 
 fn memory() -> Arc<MappedGuest> {
     let mapping = Mapping::anonymous(RAM).unwrap();
@@ -206,49 +144,16 @@ fn at_word(word: &'static [u8], lose: impl FnOnce() + Send + 'static) -> Tap {
     })
 }
 
-/// The link of `end` goes down when all migrations together have posted `most` requests.
-fn go_on_without_the_link_of(end: End, most: u64) {
-    let network = Arc::new(Network::new());
-    let (posted, is_down) = (AtomicU64::new(0), Arc::new(AtomicBool::new(false)));
-    let (loses, down) = (Arc::clone(&network), Arc::clone(&is_down));
-    let near: Tap = Arc::new(move |posting| {
-        let before = posted.fetch_add(posting.requests() as u64, Ordering::Relaxed);
-        if before >= most && !down.swap(true, Ordering::Relaxed) {
-            loses.down(end);
-        }
-    });
-    let migrations = RATES.map(|rate| Migration::start(rate, &near, &nothing()));
-    let lost = migrations.map(|migration| migration.arrives().count).iter().filter(|lost| **lost > 0).count();
-    assert!(is_down.load(Ordering::Relaxed));
-    println!("{end:?}: {lost} of {} migrations lost their link", RATES.len());
-    assert!(lost >= RATES.len() - 1, "{end:?}: {lost}");
-}
-
-#[test]
-#[ignore = "runs in ci/rxe-guest"]
-fn in_rxe_guest_guests_go_on_over_tcp_when_the_link_at_their_source_goes_down() {
-    go_on_without_the_link_of(End::Near, 100);
-}
-
-#[test]
-#[ignore = "runs in ci/rxe-guest"]
-fn in_rxe_guest_guests_go_on_over_tcp_when_the_link_at_their_destination_goes_down() {
-    go_on_without_the_link_of(End::Far, 160);
-}
-
-/// COMMIT does not arrive, or RUNNING does not: the guest is asked for over TCP, and there is no doubt.
+/// COMMIT does not arrive: the guest is asked for over TCP, and there is no doubt.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_network_that_is_lost_at_commit_leaves_no_doubt() {
     let network = Arc::new(Network::new());
-    for (word, end) in [(COMMIT, End::Near), (RUNNING, End::Far)] {
-        let loses = Arc::clone(&network);
-        let lose = at_word(word, move || loses.swallow(end));
-        let (near, far) = if end == End::Near { (lose, nothing()) } else { (nothing(), lose) };
-        let lost = Migration::start(8 << 20, &near, &far).arrives();
-        network.pass(end);
-        assert!(lost.count == 1 && lost.last[0].committed && lost.pages_again == 0, "{lost:?}");
-    }
+    let loses = Arc::clone(&network);
+    let near = at_word(COMMIT, move || loses.swallow(End::Near));
+    let lost = Migration::start(8 << 20, &near, &nothing()).arrives();
+    network.pass(End::Near);
+    assert!(lost.count == 1 && lost.last[0].committed && lost.pages_again == 0, "{lost:?}");
 }
 
 // --- TCP, and a network that swallows everything ------------------------------------------------------------------------

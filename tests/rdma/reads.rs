@@ -8,7 +8,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::common::{Deadline, ramwire::Ramwire, scratch};
-use crate::failover::Restored;
 
 const DEMO: [&str; 9] =
     ["demo", "--json", "--transport", "rdma", "--postcopy", "--downtime-ms", "0", "--working-set", "2M"];
@@ -123,42 +122,4 @@ fn in_rxe_guest_a_source_that_is_killed_ends_the_migration_at_the_other_end() {
         in_the_middle
     });
     assert!(caught, "never killed while pages were read");
-}
-
-/// The device is removed while pages are read: the missing ones are sent over TCP, and the guest's threads get them.
-#[test]
-#[ignore = "runs in ci/rxe-guest"]
-fn in_rxe_guest_reading_goes_on_over_tcp_when_the_device_is_removed() {
-    let caught = (0..8).any(|attempt| {
-        let dir = scratch();
-        let mut source = demo(dir.path(), &[], "96M");
-        let pid = source.pid();
-        let before = || destination(pid).filter(|destination| has_thread(*destination, "ramwire-reads"));
-        Deadline::seconds(30).poll("the switch", || source.errors(), before);
-        let _restored = Restored;
-        let mut removal = Command::new("rdma").args(["link", "delete", "rxe0"]).spawn().unwrap();
-        let report = source.finished(Deadline::seconds(100), 0);
-        whole(&report);
-        let removed = || removal.try_wait().unwrap();
-        let status = Deadline::seconds(60).poll("rdma link delete: end", String::new, removed);
-        assert!(status.success(), "{status}");
-        let told = source.errors();
-        println!("attempt {attempt}: {}\n{told}", report["postcopy"]);
-        told.contains("the connection is lost")
-    });
-    assert!(caught, "the device was never removed while pages were read");
-}
-
-/// The source may not lock all of its memory at a time: a part is registered when another was read.
-#[test]
-#[ignore = "runs in ci/rxe-guest"]
-fn in_rxe_guest_memory_of_which_only_a_part_may_be_locked_is_read_part_by_part() {
-    let limited = "ulimit -l 32768; exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$@\"";
-    let mut command = Command::new("sh");
-    command.args(["-c", limited, "demo", env!("CARGO_BIN_EXE_ramwire")]).args(DEMO);
-    command.args(["--dirty-rate", "1M", "--pin-budget", "8M", "--zero", "0", "--ram", "72M"]);
-    let output = command.output().unwrap();
-    let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{out}{errors}");
-    whole(&serde_json::from_str(&out).unwrap());
 }

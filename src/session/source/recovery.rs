@@ -138,7 +138,8 @@ impl SourceSession {
         let no_answer = matches!(error, Error::NoAnswer { .. });
         self.driver.engine.may_recover()
             && match error.kind() {
-                _ if error.is_of_connection() && !self.driver.engine.is_postcopy() => agreeing || !no_answer,
+                // A device that failed, too.
+                _ if error.is_of_connection() => agreeing || !no_answer,
                 ErrorKind::Channel => agreeing || !no_answer,
                 // An operator closed it: nothing else cancels a wait after the switch.
                 ErrorKind::Cancelled => self.driver.engine.is_postcopy(),
