@@ -4,11 +4,10 @@ use std::process::{Command, Stdio};
 
 use crate::common::Deadline;
 
-/// An end of the network: the source's or the destination's.
+/// An end of the network that tests break: the source's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
     Near,
-    Far,
 }
 
 impl End {
@@ -16,7 +15,6 @@ impl End {
     fn interface(self) -> &'static str {
         match self {
             Self::Near => "va",
-            Self::Far => "vb",
         }
     }
 }
