@@ -118,7 +118,7 @@ impl Relayed {
         urgent.extend(is_urgent.then(|| connect(&near).unwrap()));
         source.write_all(&[setup, &round()].concat()).unwrap();
         let far = accept();
-        urgent.extend(is_urgent.then(|| accept()));
+        urgent.extend(is_urgent.then(accept));
         for end in [&source, &far] {
             end.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         }
