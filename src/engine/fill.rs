@@ -13,6 +13,8 @@
 //! Pages may be withheld: none of them is given to a reader before [`Fill::grant`]. Then those that a thread waits for
 //! come first.
 
+mod breakage;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -20,6 +22,7 @@ use super::pager::{FaultAnswer, HostPage, Pager, Waiter};
 use crate::observe::Latency;
 use crate::ram::{PageBitmap, PageRun};
 use crate::units::{BlockIndex, BlockOffset, PageIndex, PageSize};
+pub(crate) use breakage::FillBreakage;
 
 /// Bytes that are read at a time, for pages that no thread waits for.
 const READ: u64 = 1 << 20;
@@ -85,36 +88,6 @@ pub struct Fill {
     touched: Vec<PageRun>,
     urgent: u64,
     breakage: FillBreakage,
-}
-
-/// Orders that tests leave out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(not(test), allow(dead_code))]
-pub(crate) enum FillBreakage {
-    #[default]
-    None,
-    /// A page counts as placed when a reader takes it.
-    WholeWhenRead,
-    /// Pages that could not be read are not read again.
-    ForgetFailed,
-    /// A page is given to readers repeatedly until it is placed.
-    GiveTwice,
-    /// A fault is forgotten once a reader takes its page.
-    ForgetWaiting,
-    /// What a failed read has left in its buffer is placed.
-    PlaceFailed,
-    /// Pages that are granted behind later ones are not read.
-    PassWithheld,
-    /// A page that a thread waited for before it could be read is not read first.
-    ForgetWithheld,
-    /// Threads that wait when nothing can be read any more are forgotten.
-    ForgetOutstanding,
-}
-
-impl FillBreakage {
-    fn is(self, order: Self) -> bool {
-        cfg!(test) && self == order
-    }
 }
 
 impl Fill {

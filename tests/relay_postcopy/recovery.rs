@@ -2,8 +2,20 @@
 //! other.
 
 use super::*;
-use crate::common::certificates::Authority;
 use crate::preempt::{OPTION, Wire};
+
+/// TLS of the relay that listens, and of the one that connects to it.
+#[cfg(feature = "tls")]
+fn between(dir: &Path) -> Option<[String; 2]> {
+    let authority = crate::common::certificates::Authority::new("the authority");
+    let certificates = authority.folder(dir.join("certificates"));
+    Some(["--listen-tls-dir", "--tls-dir"].map(|name| format!("{name}={}", certificates.display())))
+}
+
+#[cfg(not(feature = "tls"))]
+fn between(_dir: &Path) -> Option<[String; 2]> {
+    None
+}
 
 /// The ends go on through as many other relays, with TLS between them.
 fn recover_through(ends: &mut Ends, relays: usize, what: &str) {
@@ -12,13 +24,14 @@ fn recover_through(ends: &mut Ends, relays: usize, what: &str) {
     let dir = ends.dir.path();
     let mut uri = format!("unix:{}", dir.join("again").display());
     ends.destination.execute("migrate-recover", json!({ "uri": uri }));
-    let certificates = Authority::new("the authority").folder(dir.join("certificates"));
-    let tls = ["--listen-tls-dir", "--tls-dir"].map(|name| format!("{name}={}", certificates.display()));
+    let tls = between(dir);
     let mut passages = Vec::new();
     for number in 0..relays {
         let mut options = vec!["--recover"];
-        options.extend((number + 1 < relays).then_some(tls[0].as_str()));
-        options.extend((number > 0).then_some(tls[1].as_str()));
+        if let Some([listening, connecting]) = &tls {
+            options.extend((number + 1 < relays).then_some(listening.as_str()));
+            options.extend((number > 0).then_some(connecting.as_str()));
+        }
         let mut passage = relay_with(dir, &options, &uri);
         uri = passage.listening();
         passages.push(passage);

@@ -38,7 +38,7 @@ pub enum DestinationEvent {
     Failed,
     /// The connection, or after the guest was started among missing pages a page, is lost.
     Lost,
-    /// The time of [`wake_at`](DestinationEngine::wake_at) is there.
+    /// The time of [`wake_at`](super::DestinationEngine::wake_at) is there.
     Woken,
     /// The embedder requests the end.
     Cancel,
