@@ -19,7 +19,7 @@ fn run(command: &[&str]) -> bool {
 }
 
 /// The device is there again when this is dropped.
-struct Restored;
+pub(crate) struct Restored;
 
 impl Drop for Restored {
     fn drop(&mut self) {

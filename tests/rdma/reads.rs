@@ -2,12 +2,13 @@
 //! is stopped.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::common::{Deadline, ramwire::Ramwire, scratch};
+use crate::failover::Restored;
 
 const DEMO: [&str; 9] =
     ["demo", "--json", "--transport", "rdma", "--postcopy", "--downtime-ms", "0", "--working-set", "2M"];
@@ -122,4 +123,64 @@ fn in_rxe_guest_a_source_that_is_killed_ends_the_migration_at_the_other_end() {
         in_the_middle
     });
     assert!(caught, "never killed while pages were read");
+}
+
+/// Pages are being read when this breaks RDMA: the missing ones are sent over TCP, and the guest's threads get them.
+fn goes_on_over_tcp(lose: fn() -> Option<Child>) {
+    let caught = (0..8).any(|attempt| {
+        let dir = scratch();
+        let mut source = demo(dir.path(), &[], "96M");
+        let pid = source.pid();
+        let before = || destination(pid).filter(|destination| has_thread(*destination, "ramwire-reads"));
+        let reads = Deadline::seconds(30).poll("the switch", || source.errors(), before);
+        let restored = Restored;
+        let removal = lose();
+        // Faults are served by another thread, which asks the source; or all pages were here before.
+        let ended = || !Path::new(&format!("/proc/{reads}/task")).exists();
+        let asks = || match has_thread(reads, "ramwire-faults") {
+            true => Some(true),
+            false => (ended() || destination(pid).is_none()).then_some(false),
+        };
+        let asks = Deadline::seconds(100).poll("pages over TCP", || source.errors(), asks);
+        whole(&source.finished(Deadline::seconds(100), 0));
+        if let Some(mut removal) = removal {
+            let removed = || removal.try_wait().unwrap();
+            let status = Deadline::seconds(60).poll("rdma link delete: end", String::new, removed);
+            assert!(status.success(), "{status}");
+        }
+        drop(restored);
+        println!("attempt {attempt}: over TCP: {asks}");
+        asks
+    });
+    assert!(caught, "nothing was lost while pages were read");
+}
+
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_reading_goes_on_over_tcp_when_the_device_is_removed() {
+    goes_on_over_tcp(|| Some(Command::new("rdma").args(["link", "delete", "rxe0"]).spawn().unwrap()));
+}
+
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_reading_goes_on_over_tcp_when_the_link_is_down() {
+    goes_on_over_tcp(|| {
+        let down = Command::new("ip").args(["link", "set", "dummy0", "down"]).status();
+        assert!(down.unwrap().success());
+        None
+    });
+}
+
+/// The source may not lock all of its memory at a time: a part is registered when another was read.
+#[test]
+#[ignore = "runs in ci/rxe-guest"]
+fn in_rxe_guest_memory_of_which_only_a_part_may_be_locked_is_read_part_by_part() {
+    let limited = "ulimit -l 32768; exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", limited, "demo", env!("CARGO_BIN_EXE_ramwire")]).args(DEMO);
+    command.args(["--dirty-rate", "1M", "--pin-budget", "8M", "--zero", "0", "--ram", "72M"]);
+    let output = command.output().unwrap();
+    let (out, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{out}{errors}");
+    whole(&serde_json::from_str(&out).unwrap());
 }
