@@ -38,6 +38,30 @@ enum Phase {
     Ended,
 }
 
+/// What was done to the guest.
+#[derive(Debug, Default)]
+struct Guest {
+    paused: bool,
+    has_logs: bool,
+}
+
+/// What the embedder wants.
+#[derive(Debug, Default)]
+struct Requests {
+    demanded: bool,
+    stopping: bool,
+}
+
+#[derive(Debug, Default)]
+struct Times {
+    now: Duration,
+    /// When the next checkpoint is taken.
+    due: Option<Duration>,
+    /// When the guest has been paused for too long; from the end of a checkpoint on, when the wait for the standby's
+    /// answer is over.
+    overdue: Option<Duration>,
+}
+
 /// The state of a source.
 #[derive(Debug)]
 pub struct CheckpointEngine {
@@ -51,16 +75,10 @@ pub struct CheckpointEngine {
     number: u64,
     rounds: u32,
     confirmed: u64,
-    paused: bool,
-    has_logs: bool,
-    demanded: bool,
-    stopping: bool,
-    due: Option<Duration>,
-    /// When the guest has been paused for too long; from the end of a checkpoint on, when the wait for the standby's
-    /// answer is over.
-    overdue: Option<Duration>,
+    guest: Guest,
+    asked: Requests,
+    times: Times,
     lease: Option<SourceLease>,
-    now: Duration,
     #[cfg(test)]
     breakage: CheckpointBreakage,
 }
@@ -78,13 +96,9 @@ impl CheckpointEngine {
             number: 0,
             rounds: 0,
             confirmed: 0,
-            paused: false,
-            has_logs: false,
-            demanded: false,
-            stopping: false,
-            due: None,
-            overdue: None,
-            now: Duration::ZERO,
+            guest: Guest::default(),
+            asked: Requests::default(),
+            times: Times::default(),
             #[cfg(test)]
             breakage: CheckpointBreakage::None,
         }
@@ -108,7 +122,7 @@ impl CheckpointEngine {
     /// When to call again with [`CheckpointEvent::Time`], if nothing else happens.
     pub fn wake_at(&self) -> Option<Duration> {
         let due = match self.phase {
-            Phase::Resting if self.ending.is_none() && !self.is_fenced() => self.due,
+            Phase::Resting if self.ending.is_none() && !self.is_fenced() => self.times.due,
             _ => None,
         };
         earlier(earlier(due, self.give_up_at()), self.lease_wake())
@@ -117,7 +131,7 @@ impl CheckpointEngine {
     /// When to give up an action that waits for the standby: the guest is paused for it, or runs without a lease from
     /// then on.
     pub fn give_up_at(&self) -> Option<Duration> {
-        earlier(self.waited().and(self.overdue), self.fence_at())
+        earlier(self.waited().and(self.times.overdue), self.fence_at())
     }
 
     /// What is waited for with a limit.
@@ -143,7 +157,7 @@ impl CheckpointEngine {
 
     /// Takes an event, at any time.
     pub fn handle(&mut self, now: Duration, event: CheckpointEvent) {
-        self.now = self.now.max(now);
+        self.times.now = self.times.now.max(now);
         match event {
             CheckpointEvent::Begin if self.phase == Phase::Idle => self.phase = Phase::Starting,
             CheckpointEvent::Begin | CheckpointEvent::Time => {}
@@ -153,7 +167,7 @@ impl CheckpointEngine {
             CheckpointEvent::Failed => {
                 // An action that was given up in time failed for that reason.
                 self.look_at_time();
-                if self.fence_at().is_some_and(|at| self.now >= at) {
+                if self.fence_at().is_some_and(|at| self.times.now >= at) {
                     self.end_for(CheckpointCause::NoLease);
                 }
                 self.end(CheckpointOutcome::Unprotected);
@@ -173,15 +187,15 @@ impl CheckpointEngine {
             CheckpointEvent::Taken => {}
             CheckpointEvent::Discarded => self.discarded(),
             CheckpointEvent::Released => self.released(),
-            CheckpointEvent::Demand => self.demanded = true,
-            CheckpointEvent::Stop => self.stopping = true,
+            CheckpointEvent::Demand => self.asked.demanded = true,
+            CheckpointEvent::Stop => self.asked.stopping = true,
         }
         self.look_at_time();
     }
 
     fn look_at_time(&mut self) {
         if let Some(cause) = self.waited()
-            && self.overdue.is_some_and(|at| self.now >= at)
+            && self.times.overdue.is_some_and(|at| self.times.now >= at)
         {
             self.end_for(cause);
         }
@@ -199,11 +213,11 @@ impl CheckpointEngine {
         match action {
             // From here on, whether it succeeds or not.
             CheckpointAction::Pause => {
-                self.paused = true;
+                self.guest.paused = true;
                 self.wait_from_now();
             }
             CheckpointAction::Fence => {
-                self.paused = true;
+                self.guest.paused = true;
                 self.set_fenced(true);
                 if self.phase != Phase::Releasing {
                     self.wait_from_now();
@@ -211,7 +225,7 @@ impl CheckpointEngine {
             }
             // The standby may have all of it before that is answered.
             CheckpointAction::Close(_) => self.bind(),
-            CheckpointAction::StartLogs => self.has_logs = true,
+            CheckpointAction::StartLogs => self.guest.has_logs = true,
             CheckpointAction::Open(number) => self.number = number,
             // This action gets no answer.
             CheckpointAction::Finish(_) => {
@@ -225,7 +239,7 @@ impl CheckpointEngine {
     }
 
     fn wait_from_now(&mut self) {
-        self.overdue = Some(self.now.saturating_add(self.config.confirm_timeout));
+        self.times.overdue = Some(self.times.now.saturating_add(self.config.confirm_timeout));
     }
 
     fn bind(&mut self) {
@@ -278,14 +292,14 @@ impl CheckpointEngine {
         let stays = matches!(outcome, CheckpointOutcome::Taken | CheckpointOutcome::Fenced);
         #[cfg(test)]
         let stays = stays && self.breakage != CheckpointBreakage::ResumeTaken;
-        let resumes = self.paused && !stays;
+        let resumes = self.guest.paused && !stays;
         #[cfg(test)]
         let resumes = resumes && self.breakage != CheckpointBreakage::StayPaused;
-        let has_logs = self.has_logs;
+        let has_logs = self.guest.has_logs;
         #[cfg(test)]
         let has_logs = has_logs && self.breakage != CheckpointBreakage::LeaveLogsOn;
         match () {
-            () if stays && !self.paused => CheckpointAction::Fence,
+            () if stays && !self.guest.paused => CheckpointAction::Fence,
             () if resumes => CheckpointAction::Resume,
             () if has_logs => CheckpointAction::StopLogs,
             () => CheckpointAction::Finish(outcome),
@@ -311,9 +325,9 @@ impl CheckpointEngine {
             Phase::Resuming => CheckpointAction::Resume,
             Phase::Awaiting if !self.is_safe() => return None,
             Phase::Awaiting => CheckpointAction::ReportSafe(self.number),
-            Phase::Resting if self.stopping => CheckpointAction::Release,
+            Phase::Resting if self.asked.stopping => CheckpointAction::Release,
             Phase::Resting if self.is_due() => {
-                (self.demanded, self.phase) = (false, Phase::Opening);
+                (self.asked.demanded, self.phase) = (false, Phase::Opening);
                 CheckpointAction::Open(self.number + 1)
             }
             Phase::Resting | Phase::Releasing => return None,
@@ -329,21 +343,21 @@ impl CheckpointEngine {
     }
 
     fn is_due(&self) -> bool {
-        self.demanded || self.due.is_some_and(|at| self.now >= at)
+        self.asked.demanded || self.times.due.is_some_and(|at| self.times.now >= at)
     }
 
     fn answered(&mut self, done: bool, dirty_pages: u64) {
         let Some(action) = self.doing.take() else { return };
         match action {
-            CheckpointAction::StopLogs => self.has_logs = false,
+            CheckpointAction::StopLogs => self.guest.has_logs = false,
             // One that failed is not tried again: the report says that the guest stands still.
             CheckpointAction::Resume => {
-                self.paused = false;
-                self.due = self.config.interval.map(|interval| self.now.saturating_add(interval));
+                self.guest.paused = false;
+                self.times.due = self.config.interval.map(|interval| self.times.now.saturating_add(interval));
                 self.wait_from_now();
             }
             CheckpointAction::Unfence => {
-                self.paused = false;
+                self.guest.paused = false;
                 self.set_fenced(false);
                 self.wait_from_now();
             }

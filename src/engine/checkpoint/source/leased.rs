@@ -45,7 +45,7 @@ impl CheckpointEngine {
     }
 
     fn holds(&self) -> bool {
-        self.lease.as_ref().is_none_or(|lease| lease.holds(self.now))
+        self.lease.as_ref().is_none_or(|lease| lease.holds(self.times.now))
     }
 
     pub(super) fn is_fenced(&self) -> bool {
@@ -69,11 +69,11 @@ impl CheckpointEngine {
             }
             _ => {}
         }
-        match (self.paused, self.is_fenced()) {
+        match (self.guest.paused, self.is_fenced()) {
             (false, _) if !self.holds() => Step::First(CheckpointAction::Fence),
             (true, true) if self.holds() => Step::First(CheckpointAction::Unfence),
             // Its answer makes a lease needless.
-            (true, true) if self.phase == Phase::Resting && self.stopping => Step::Go,
+            (true, true) if self.phase == Phase::Resting && self.asked.stopping => Step::Go,
             (true, true) => Step::Wait,
             (true, false) if self.phase == Phase::Resuming && !self.holds() => Step::Wait,
             _ => Step::Go,
@@ -94,7 +94,7 @@ impl CheckpointEngine {
 
     /// When the guest, which runs, is to be paused.
     pub(super) fn fence_at(&self) -> Option<Duration> {
-        let runs = !self.paused && self.ending.is_none();
+        let runs = !self.guest.paused && self.ending.is_none();
         #[cfg(test)]
         let runs = runs && self.breakage != CheckpointBreakage::RunPastLease;
         self.lease.as_ref().filter(|_| runs)?.fence_at()
@@ -105,7 +105,7 @@ impl CheckpointEngine {
         if self.breakage == CheckpointBreakage::LeaseFromReceipt
             && let Some(lease) = &mut self.lease
         {
-            lease.count_from(self.now);
+            lease.count_from(self.times.now);
         }
         if !self.lease.as_mut().is_some_and(|lease| lease.granted(number)) {
             self.end_for(CheckpointCause::NeverAsked(number));
