@@ -59,11 +59,19 @@ fn lost_once(lost: &Value) {
     assert!(lost["last"][0]["why"].as_str().is_some_and(|why| !why.is_empty()), "{lost}");
 }
 
+/// Packets after which the device is removed; RAMWIRE_LOSSES: how many such moments, from the first page to the last round.
+fn moments() -> Vec<u64> {
+    match std::env::var("RAMWIRE_LOSSES").map(|losses| losses.parse::<u64>()) {
+        Ok(losses) => (0..losses.unwrap()).map(|loss| 100 + loss * 350).collect(),
+        Err(_) => vec![300, 900],
+    }
+}
+
 /// A guest that writes, and checks itself where it arrives.
 #[test]
 #[ignore = "runs in ci/rxe-guest"]
 fn in_rxe_guest_a_guest_that_writes_goes_on_over_tcp_when_the_device_is_removed() {
-    for sent in [300, 900] {
+    for sent in moments() {
         let (dir, before) = (scratch(), packets());
         let limits = ["--max-bandwidth", "4M", "--timeout", "60", "--timeout-action", "finish"];
         let guest = ["--working-set", "2M", "--dirty-rate", "1M", "--ram", "16M", "--json"];
