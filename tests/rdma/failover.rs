@@ -62,7 +62,7 @@ fn lost_once(lost: &Value) {
 /// Packets after which the device is removed; RAMWIRE_LOSSES: how many such moments, from the first page to the last round.
 fn moments() -> Vec<u64> {
     match std::env::var("RAMWIRE_LOSSES").map(|losses| losses.parse::<u64>()) {
-        Ok(losses) => (0..losses.unwrap()).map(|loss| 100 + loss * 350).collect(),
+        Ok(losses) => (0..losses.unwrap()).map(|loss| 100 + loss * 280).collect(),
         Err(_) => vec![300, 900],
     }
 }
