@@ -145,8 +145,9 @@ impl OwnTlsArgs {
 
 /// The address without TLS, unless this is refused. `option`: the one that encrypts it.
 fn plain(address: &Address, require_tls: bool, option: &str) -> Result<Address, Usage> {
-    // It is unknown where a descriptor or a command leads.
-    let may_leave = address.is_in_clear() || matches!(address.scheme(), "fd" | "exec");
+    // Of any other scheme it is unknown where its bytes lead, as those of a descriptor or a command.
+    let is_known = matches!(address.scheme(), "tcp" | "rdma" | "auto" | "unix" | "file" | "mapped");
+    let may_leave = address.is_in_clear() || !is_known;
     if require_tls && may_leave {
         let remedy = match address.scheme() {
             "tcp" => format!("give {option} DIR"),

@@ -65,7 +65,7 @@ pub trait DirtySource: Send + Sync {
     fn start(&self) -> Result<(), DirtyError>;
 
     /// Begins a sync: called once before [`sync_into`](Self::sync_into) is called for each block. A source whose kernel
-    /// log covers all blocks at once reads it here; most sources do nothing here.
+    /// log covers all blocks at once reads it here; most sources do nothing here. One that wraps another passes it on.
     ///
     /// # Errors
     /// [`DirtyError`].
@@ -81,7 +81,8 @@ pub trait DirtySource: Send + Sync {
     fn sync_into(&self, block: BlockIndex, into: &mut PageBitmap) -> Result<(), DirtyError>;
 
     /// Arms the log for `run` again; called after the bits are cleared and before the bytes are read.
-    /// A source whose sync re-arms by itself does nothing here.
+    /// A source whose sync re-arms by itself does nothing here. One that wraps another passes it on: otherwise writes are
+    /// lost.
     ///
     /// # Errors
     /// [`DirtyError`].

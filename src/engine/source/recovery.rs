@@ -83,8 +83,27 @@ impl SourceEngine {
             | Phase::LettingRun => Some(Lost::BeforeCommit),
             Phase::Committing | Phase::AwaitingRunning => Some(Lost::BehindCommit),
             Phase::AskingReceived(lost) | Phase::ComparingReceived(lost) => Some(lost),
-            // Also where no other connection was made in time.
-            _ => None,
+            // Nothing is agreed yet, it is a postcopy, or it is over; also where no other connection was made in time. A new
+            // phase is to be decided here.
+            Phase::New
+            | Phase::Starting
+            | Phase::Greeting
+            | Phase::SettingUp
+            | Phase::OpeningUrgent(_)
+            | Phase::Discarding
+            | Phase::Packaging
+            | Phase::Filling
+            | Phase::AwaitingTaken
+            | Phase::EndingPostcopy
+            | Phase::Reconnecting(_)
+            | Phase::ResumingPages
+            | Phase::AwaitingGuest
+            | Phase::Reporting
+            | Phase::Listening
+            | Phase::Releasing
+            | Phase::CheckingMemory
+            | Phase::RollingBack(_)
+            | Phase::Finished(_) => None,
         }
     }
 
