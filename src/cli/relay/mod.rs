@@ -151,6 +151,22 @@ pub(super) fn run(args: &Args) -> Exit {
     done.unwrap_or_else(|error| failed_in("relay", args.json, &*error))
 }
 
+/// Where the source connects. Says so.
+fn listen_at(args: &Args, address: &Address, stop: &Stop) -> Result<Listener, Box<dyn std::error::Error>> {
+    let mut allow = AllowList::default();
+    args.allow.iter().cloned().for_each(|list| allow.extend(list));
+    let mut listener = Listener::bind(address, allow, stop)?;
+    if let Some(warning) = listener.warning() {
+        note!("ramwire relay: {warning}{}", hint(Some(Remedy::AllowPeers)));
+    }
+    listener.on_stranger(|why| note!("ramwire relay: {why}"));
+    for address in listener.addresses() {
+        note!("listening on {address}");
+    }
+    service::ready(&format!("listening on {}", listener.address()));
+    Ok(listener)
+}
+
 fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let channels = args.channels.options()?;
     let (listen, far) = (args.listen_tls.at(&args.listen, &args.tls)?, args.tls.at(&args.connect)?);
@@ -180,17 +196,7 @@ fn run_relay(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let stop = Stop::on(&cancel);
     let file = args.watch.create_log()?;
     warn_if_unencrypted("relay", &far, "use a network you trust, or --tls-dir DIR");
-    let mut allow = AllowList::default();
-    args.allow.iter().cloned().for_each(|list| allow.extend(list));
-    let mut listener = Listener::bind(&listen, allow, &stop)?;
-    if let Some(warning) = listener.warning() {
-        note!("ramwire relay: {warning}{}", hint(Some(Remedy::AllowPeers)));
-    }
-    listener.on_stranger(|why| note!("ramwire relay: {why}"));
-    for address in listener.addresses() {
-        note!("listening on {address}");
-    }
-    service::ready(&format!("listening on {}", listener.address()));
+    let mut listener = listen_at(args, &listen, &stop)?;
     let options = args.timeouts.both.stream_options();
     let (count, compression) = (args.listen_channels, args.listen_compression);
     let mut near = ChannelOptions::default();

@@ -1,20 +1,18 @@
 //! `ramwire relay --recover`: a paused postcopy goes on through here.
 
-use ramwire::error::Remedy;
 use ramwire::session::{Error, Passage, PassageReport, Spawner};
 use ramwire::sys::{CancelToken, Stop};
-use ramwire::transport::{AllowList, Listener, connect};
+use ramwire::transport::connect;
 use serde_json::json;
 
 use super::super::args::Exit;
 use super::super::common::complain;
 use super::super::output::{note, result_line};
-use super::super::remedies::{hint, in_words};
-use super::super::service;
+use super::super::remedies::in_words;
 use super::super::signals::cancel_on_signal;
 use super::super::tls::warn_if_unencrypted;
-use super::Args;
 use super::doubt::GO_ON_AGAIN;
+use super::{Args, listen_at};
 
 /// Passes the connections on until all memory has come, or one is lost.
 pub(super) fn run(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
@@ -22,17 +20,7 @@ pub(super) fn run(args: &Args) -> Result<Exit, Box<dyn std::error::Error>> {
     let _signals = cancel_on_signal(vec![cancel.clone()]);
     let (listen, far) = (args.listen_tls.at(&args.listen, &args.tls)?, args.tls.at(&args.connect)?);
     warn_if_unencrypted("relay", &far, "use a network you trust, or --tls-dir DIR");
-    let mut allow = AllowList::default();
-    args.allow.iter().cloned().for_each(|list| allow.extend(list));
-    let mut listener = Listener::bind(&listen, allow, &Stop::on(&cancel))?;
-    if let Some(warning) = listener.warning() {
-        note!("ramwire relay: {warning}{}", hint(Some(Remedy::AllowPeers)));
-    }
-    listener.on_stranger(|why| note!("ramwire relay: {why}"));
-    for address in listener.addresses() {
-        note!("listening on {address}");
-    }
-    service::ready(&format!("listening on {}", listener.address()));
+    let mut listener = listen_at(args, &listen, &Stop::on(&cancel))?;
     let options = args.timeouts.both.stream_options();
     let passage = Passage {
         from_source: Box::new(move |stop: &Stop| listener.accept(&options, stop)),
